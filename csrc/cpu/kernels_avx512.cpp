@@ -1,0 +1,66 @@
+// The kernels for x86-64 with AVX-512 (F, BW, VL).
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#if !defined(__clang__)
+// GCC 12 warns of the undefined registers in its own intrinsics (PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "convert.h"
+#include "unroll.h"
+
+// Only functions defined between push and pop use the wider instructions; the headers above stay baseline.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace polylora::cpu {
+namespace avx512 {
+
+inline constexpr int kDotRows = 4;         // rows and ranks of one tile of dot products
+inline constexpr int kDotRanks = 4;        //
+inline constexpr int kDotRanksOneRow = 8;  // ranks of a tile of a single row: enough chains to hide the latency
+inline constexpr int kProductRows = 4;     // rows and blocks of 16 outputs of one tile of the product
+inline constexpr int kProductBlocks = 4;   //
+
+// The kernels are written on the lanes: this order.
+#include "lanes_avx512.inl"
+
+#include "kernels.inl"
+
+}  // namespace avx512
+}  // namespace polylora::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace polylora::cpu {
+
+const Kernels* kernels_avx512(DType dtype) { return avx512::kernels_of(dtype); }
+
+}  // namespace polylora::cpu
+
+#else
+
+namespace polylora::cpu {
+
+const Kernels* kernels_avx512(DType) { return nullptr; }
+
+}  // namespace polylora::cpu
+
+#endif

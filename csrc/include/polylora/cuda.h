@@ -1,0 +1,26 @@
+// The launchers of the CUDA kernels. All pointers device memory; nothing synchronises, allocates or reads a value
+// back; grids depend on capacities alone, so every call may be captured into a graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "polylora/params.h"
+
+namespace polylora::cuda {
+
+cudaError_t plan(const PlanParams& params, cudaStream_t stream);
+cudaError_t moe_plan(const MoePlanParams& params, cudaStream_t stream);
+
+cudaError_t shrink(const LoraParams& params, cudaStream_t stream);
+cudaError_t expand(const LoraParams& params, cudaStream_t stream);
+
+/// shrink and expand in one call; params.v is scratch.
+cudaError_t linear(const LoraParams& params, cudaStream_t stream);
+
+/// Looks A up by token id and expands, in one launch and without v.
+cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream);
+
+cudaError_t gate_up_act(const GateUpActParams& params, cudaStream_t stream);   // v given
+cudaError_t down_reduce(const DownReduceParams& params, cudaStream_t stream);  // v given
+
+}  // namespace polylora::cuda

@@ -1,0 +1,149 @@
+// What a launcher is told: plain structs, every pointer with its shape behind it. No torch type, no CUDA type, so
+// that the CPU path, the CUDA path and the C++ benchmarks share them.
+#pragma once
+
+#include <cstdint>
+
+#include "polylora/plan_layout.h"
+#include "polylora/slice_table.h"
+
+namespace polylora {
+
+enum class DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+enum class Activation : int32_t {
+  kSilu = 0,
+  kGelu = 1,  // erf
+  kGeluTanh = 2,
+  kRelu2 = 3,     // max(x, 0)^2
+  kSwigluOai = 4  // gated only: c * sigmoid(alpha * c) * (clamp(u, -limit, limit) + 1), c = min(g, limit)
+};
+
+/// The slices of one fused module: its table, weights and outputs.
+struct SliceSet {
+  const SliceEntry* table;       // [groups, count]
+  int32_t groups;                //
+  int32_t count;                 // slices, 1..kMaxSlices
+  const void* a[kMaxSlices];     // [a_rows, k] each, row pitch a_stride; may all be the same arena
+  int64_t a_stride[kMaxSlices];  // elements
+  const void* b[kMaxSlices];     // elements; may all be the same arena
+  int32_t width[kMaxSlices];     // outputs of the slice
+  int64_t col[kMaxSlices];       // y column of its output 0
+  int32_t col_stride;            // output n stands in column col + n * col_stride (2: gate and up interleaved)
+};
+
+/// A plan, read.
+struct PlanView {
+  const int32_t* header;     // [kPlanHeaderWords]
+  const int32_t* row_group;  // [rows]
+  const int32_t* order;      // [active rows]
+  const int32_t* run_group;  // [runs]
+  const int32_t* run_start;  // [runs + 1]
+  const int32_t* tile_run;   // [tiles]
+  const int32_t* tile_pos;   // [tiles]
+  const int32_t* pair_pos;   // [pairs], null without a row map
+  int64_t max_tiles;         // capacity, for the size of a grid
+  int32_t rows;              // what the caller's tensors ask of the plan; a plan made for anything else has no
+  int32_t groups;            //   active rows (its sections lie elsewhere, its groups are another table's)
+  int32_t pairs;             //
+};
+
+inline PlanView plan_view(const int32_t* plan, int64_t rows, int64_t groups, int64_t pairs) {
+  const PlanLayout at = plan_layout(rows, groups, pairs);
+  return PlanView{plan,
+                  plan + at.row_group,
+                  plan + at.order,
+                  plan + at.run_group,
+                  plan + at.run_start,
+                  plan + at.tile_run,
+                  plan + at.tile_pos,
+                  pairs > 0 ? plan + at.pair_pos : nullptr,
+                  plan_max_tiles(rows, groups),
+                  static_cast<int32_t>(rows),
+                  static_cast<int32_t>(groups),
+                  static_cast<int32_t>(pairs)};
+}
+
+/// Whether the plan was made for the call's rows, groups and pairs. Reads the header: host memory on the CPU.
+POLYLORA_HD inline bool plan_fits(const PlanView& plan) {
+  return plan.header[kPlanVersion] == kPlanVersionValue && plan.header[kPlanRows] == plan.rows &&
+         plan.header[kPlanGroups] == plan.groups && plan.header[kPlanPairs] == plan.pairs;
+}
+
+/// plan: group ids in, plan out.
+struct PlanParams {
+  int32_t* plan;          // [plan_layout(rows, groups, 0).words]
+  const void* group_ids;  // [rows] int32 or int64; -1 = no adapter
+  bool ids_are_int64;     //
+  int64_t rows;           //
+  int64_t groups;         //
+};
+
+/// moe_plan: group = slot * experts + expert of every position. Without a row map position = pair = token * top_k + j.
+struct MoePlanParams {
+  int32_t* plan;               // [plan_layout(rows, slots * experts, row_map ? pairs : 0).words]
+  const void* topk_ids;        // [tokens, top_k] int32 or int64, contiguous; -1 = no expert
+  bool ids_are_int64;          //
+  const int32_t* token_slots;  // [tokens]; -1 = no adapter
+  const int32_t* expert_map;   // [global_experts] to local expert or -1; null: the identity
+  const int32_t* row_map;      // [rows] position to pair or -1; null: rows = pairs
+  int64_t rows;                // positions
+  int64_t pairs;               // tokens * top_k
+  int32_t top_k;               //
+  int32_t slots;               //
+  int32_t experts;             // local experts
+  int32_t global_experts;      // ids in topk_ids lie below it; = experts without an expert map
+};
+
+/// shrink, expand and linear, dense and MoE. Row p of the plan is row p of y and v. pair(p) = row_map ? row_map[p] : p.
+struct LoraParams {
+  DType dtype;              // of x, y, A and B
+  int64_t rows;             // of the plan
+  int64_t k;                // input width
+  const void* x;            // [x_rows, k], row pitch x_stride
+  int64_t x_stride;         //
+  int32_t x_div;            // 0: row p reads x row p. Else it reads x row pair(p) / x_div: MoE gate/up, x_div = top_k
+  void* y;                  // [rows, ...], row pitch y_stride
+  int64_t y_stride;         //
+  float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T
+  int64_t v_stride;         //
+  int32_t v_width;          //
+  const int32_t* row_map;   // [rows] position to pair, or null: the identity
+  const float* row_weight;  // [pairs] top-k weight of pair(p), multiplies its delta; or null
+  SliceSet slices;
+  PlanView plan;
+};
+
+/// embedding: A is looked up by token id instead of multiplied. A[j, t] = a + a_row * a_stride + t * token_stride +
+/// j * rank_stride. Ids outside [0, vocab) read nothing and leave their row of y untouched.
+struct EmbeddingParams {
+  LoraParams lora;        // x and v unused
+  const void* token_ids;  // [rows] int32 or int64
+  bool ids_are_int64;     //
+  int64_t vocab;          //
+  int64_t token_stride;   // elements
+  int64_t rank_stride;    // elements
+};
+
+/// moe_gate_up_act: h = act(y1 + delta); lora.y is y1 and is only read. One slice: act(u). Two: act(g) * u.
+/// Every row but those of kNoRow is written.
+struct GateUpActParams {
+  LoraParams lora;     //
+  void* h;             // [rows, width[0]], row pitch h_stride
+  int64_t h_stride;    //
+  Activation act;      //
+  float alpha, limit;  // kSwigluOai only
+};
+
+/// moe_down_reduce: out[t] = sum_j w[t, j] * (y2[t, j] + delta); lora.y is y2 and is only read. Pairs of kNoRow
+/// contribute nothing. lora.row_weight holds w.
+struct DownReduceParams {
+  LoraParams lora;     //
+  void* out;           // [tokens, width[0]], row pitch out_stride
+  int64_t out_stride;  //
+  int64_t tokens;      //
+  int32_t top_k;       //
+  bool y_weighted;     // y2 already carries its top-k weight; w multiplies the delta only
+};
+
+}  // namespace polylora

@@ -1,0 +1,101 @@
+// The plan: rows grouped once a step, on the device, reused by every layer of the step.
+//
+// One int32 tensor whose sections depend on (rows, groups, pairs) alone, never on the data, so that a captured
+// graph replays for any mix of adapters. The functions below are the only place that knows the offsets; the
+// kernels, the CPU path, the bindings and (through the host module) Python all call them.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define POLYLORA_HD __host__ __device__
+#else
+#define POLYLORA_HD
+#endif
+
+namespace polylora {
+
+/// row_group values that are not groups.
+inline constexpr int32_t kNoAdapter = -1;  // the row exists, no adapter: base model only
+inline constexpr int32_t kNoRow = -2;      // MoE: no such row here (padding, or an expert of another rank)
+
+/// Header words.
+enum PlanHeader : int32_t {
+  kPlanVersion = 0,     // kPlanVersionValue
+  kPlanRows = 1,        // row capacity the layout was made for
+  kPlanGroups = 2,      // number of groups the layout was made for
+  kPlanActiveRows = 3,  // rows with an adapter = length of `order`
+  kPlanRuns = 4,        // groups with at least one row
+  kPlanTiles = 5,       // tiles of up to kTileRows rows, none across two runs
+  kPlanInvalid = 6,     // group, slot or expert ids out of range (each counted as "no adapter" / "no row")
+  kPlanMaxRun = 7,      // rows of the longest run
+  kPlanPairs = 8,       // MoE with a row map: (token, expert) pairs of the inverse map, else 0
+  kPlanHeaderWords = 16,
+};
+inline constexpr int32_t kPlanVersionValue = 1;
+
+/// Rows a tile holds at most.
+inline constexpr int32_t kTileRows = 16;
+
+/// Rows up to which one block sorts the whole plan without a workspace.
+inline constexpr int64_t kPlanSortRows = 8192;
+
+POLYLORA_HD constexpr int64_t round_up4(int64_t n) { return (n + 3) / 4 * 4; }
+POLYLORA_HD constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// Runs a plan can have at most.
+POLYLORA_HD constexpr int64_t plan_max_runs(int64_t rows, int64_t groups) { return min64(rows, groups); }
+
+/// Tiles a plan can have at most: every run adds less than one partly filled tile.
+POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups) {
+  int64_t full_and_partial = rows / kTileRows + plan_max_runs(rows, groups);
+  return min64(rows, full_and_partial);
+}
+
+/// Offsets (int32 words) of the sections of a plan.
+struct PlanLayout {
+  int64_t row_group;  // [rows]       group of each row, kNoAdapter or kNoRow
+  int64_t order;      // [rows]       the active rows, stably sorted by group; the rest is unspecified
+  int64_t run_group;  // [max_runs]   group of each run, ascending
+  int64_t run_start;  // [max_runs+1] first position of each run in `order`; one past the last run: active rows
+  int64_t tile_run;   // [max_tiles]  run a tile belongs to
+  int64_t tile_pos;   // [max_tiles]  first position of a tile in `order`
+  int64_t pair_pos;   // [pairs]      MoE with a row map: position of a pair in the map, or -1
+  int64_t workspace;  // [groups]     above kPlanSortRows rows only
+  int64_t words;      // total
+};
+
+POLYLORA_HD constexpr PlanLayout plan_layout(int64_t rows, int64_t groups, int64_t pairs) {
+  PlanLayout layout{};
+  int64_t at = kPlanHeaderWords;
+  layout.row_group = at;
+  at += round_up4(rows);
+  layout.order = at;
+  at += round_up4(rows);
+  layout.run_group = at;
+  at += round_up4(plan_max_runs(rows, groups));
+  layout.run_start = at;
+  at += round_up4(plan_max_runs(rows, groups) + 1);
+  layout.tile_run = at;
+  at += round_up4(plan_max_tiles(rows, groups));
+  layout.tile_pos = at;
+  at += round_up4(plan_max_tiles(rows, groups));
+  layout.pair_pos = at;
+  at += round_up4(pairs);
+  layout.workspace = at;
+  at += rows > kPlanSortRows ? round_up4(groups) : 0;
+  layout.words = at;
+  return layout;
+}
+
+/// Rows of tile `tile`, whose run ends at position `run_end` in `order`.
+POLYLORA_HD constexpr int32_t tile_rows(int32_t tile_pos, int32_t run_end) {
+  return run_end - tile_pos < kTileRows ? run_end - tile_pos : kTileRows;
+}
+
+/// Group of a (slot, expert) pair.
+POLYLORA_HD constexpr int64_t moe_group(int64_t slot, int64_t expert, int64_t experts) {
+  return slot * experts + expert;
+}
+
+}  // namespace polylora

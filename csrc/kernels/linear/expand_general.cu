@@ -1,0 +1,80 @@
+// expand, general path: any width, any pitch, any rank.
+//
+// A block takes one tile, one slice and 256 outputs; a thread takes one output for all rows of the tile, so B is
+// read once a tile. v comes through shared memory, scaled in fp32; y is read and rounded once.
+#include "common/dtype.cuh"
+#include "common/rows.cuh"
+#include "polylora/cuda.h"
+
+namespace polylora::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRankChunk = 64;  // ranks of v in shared memory at a time
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant__ LoraParams p) {
+  const int tile = blockIdx.x;
+  if (tile >= live_tiles(p.plan)) return;
+  const int slice = blockIdx.z;
+  const int run = p.plan.tile_run[tile];
+  const int pos = p.plan.tile_pos[tile];
+  const int rows = tile_rows(pos, p.plan.run_start[run + 1]);
+  const SliceEntry entry = entry_of(p.slices, p.plan.run_group[run], slice);
+  const int64_t n = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  const bool has_output = n < p.slices.width[slice];
+  if (entry.rank <= 0 || int64_t{blockIdx.y} * kThreads >= p.slices.width[slice]) return;
+
+  __shared__ int32_t row_of[kTileRows];
+  __shared__ float scale_of[kTileRows];
+  __shared__ float v[kTileRows][kRankChunk];
+  if (threadIdx.x < rows) {
+    row_of[threadIdx.x] = p.plan.order[pos + threadIdx.x];
+    scale_of[threadIdx.x] = v_scale(p, entry, row_of[threadIdx.x]);
+  }
+
+  const T* b = static_cast<const T*>(p.slices.b[slice]) + entry.b_offset + n * entry.b_stride;
+  float sum[kTileRows] = {};
+  for (int j0 = 0; j0 < entry.rank; j0 += kRankChunk) {
+    const int ranks = min(kRankChunk, entry.rank - j0);
+    __syncthreads();
+    for (int e = threadIdx.x; e < rows * ranks; e += kThreads) {
+      const int i = e / ranks;
+      const int j = e % ranks;
+      v[i][j] = p.v[row_of[i] * p.v_stride + entry.v_col + j0 + j] * scale_of[i];
+    }
+    __syncthreads();
+    if (!has_output) continue;
+    for (int j = 0; j < ranks; ++j) {
+      const float b_j = to_float(b[j0 + j]);
+#pragma unroll
+      for (int i = 0; i < kTileRows; ++i) {
+        if (i < rows) sum[i] = fmaf(v[i][j], b_j, sum[i]);
+      }
+    }
+  }
+  if (!has_output) return;
+  T* y = static_cast<T*>(p.y) + output_col(p.slices, slice, n);
+#pragma unroll
+  for (int i = 0; i < kTileRows; ++i) {
+    if (i >= rows) break;
+    T& out = y[row_of[i] * p.y_stride];
+    out = from_float<T>(to_float(out) + sum[i]);
+  }
+}
+
+}  // namespace
+
+cudaError_t expand(const LoraParams& params, cudaStream_t stream) {
+  int32_t widest = 0;
+  for (int s = 0; s < params.slices.count; ++s) widest = max(widest, params.slices.width[s]);
+  if (params.plan.max_tiles == 0 || widest == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(params.plan.max_tiles), (widest + kThreads - 1) / kThreads,
+                  params.slices.count);
+  return dispatch_dtype(params.dtype, [&](auto element) {
+    expand_general<decltype(element)><<<grid, kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace polylora::cuda

@@ -1,0 +1,80 @@
+// Where an op runs: the CPU functions or the CUDA launchers, behind the same names.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "polylora/cpu.h"
+#include "polylora/params.h"
+
+#ifdef POLYLORA_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "polylora/cuda.h"
+
+// Weak: CPU builds of torch do not have it, and the library must load there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+#endif
+
+namespace polylora::ops {
+
+struct CpuBackend {
+  explicit CpuBackend(const torch::stable::Tensor&) {}
+
+  static void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    if (n > 0) torch::stable::parallel_for(0, n, grain, body);
+  }
+
+  void plan(const PlanParams& p) const { cpu::plan(p, parallel_for); }
+  void moe_plan(const MoePlanParams& p) const { cpu::moe_plan(p, parallel_for); }
+  void shrink(const LoraParams& p) const { cpu::shrink(p, parallel_for); }
+  void expand(const LoraParams& p) const { cpu::expand(p, parallel_for); }
+  void linear(const LoraParams& p) const {
+    cpu::shrink(p, parallel_for);
+    cpu::expand(p, parallel_for);
+  }
+  void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
+  void gate_up_act(const GateUpActParams& p) const { cpu::gate_up_act(p, parallel_for); }
+  void down_reduce(const DownReduceParams& p) const { cpu::down_reduce(p, parallel_for); }
+};
+
+#ifdef POLYLORA_WITH_CUDA
+/// Runs on the current stream of the tensor's device.
+class CudaBackend {
+ public:
+  explicit CudaBackend(const torch::stable::Tensor& like) : guard_(like.get_device_index()) {
+    if (aoti_torch_get_current_cuda_stream == nullptr) {
+      throw std::runtime_error("polylora: this torch has no CUDA support, yet a CUDA tensor came");
+    }
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  void plan(const PlanParams& p) const { check("plan", cuda::plan(p, stream_)); }
+  void moe_plan(const MoePlanParams& p) const { check("moe_plan", cuda::moe_plan(p, stream_)); }
+  void shrink(const LoraParams& p) const { check("shrink", cuda::shrink(p, stream_)); }
+  void expand(const LoraParams& p) const { check("expand", cuda::expand(p, stream_)); }
+  void linear(const LoraParams& p) const { check("linear", cuda::linear(p, stream_)); }
+  void embedding(const EmbeddingParams& p) const { check("embedding", cuda::embedding(p, stream_)); }
+  void gate_up_act(const GateUpActParams& p) const { check("gate_up_act", cuda::gate_up_act(p, stream_)); }
+  void down_reduce(const DownReduceParams& p) const { check("down_reduce", cuda::down_reduce(p, stream_)); }
+
+ private:
+  static void check(const char* kernel, cudaError_t error) {
+    if (error != cudaSuccess) {
+      throw std::runtime_error(std::string("polylora: launching ") + kernel + " failed: " + cudaGetErrorName(error) +
+                               " (" + cudaGetErrorString(error) + ")");
+    }
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+#endif
+
+}  // namespace polylora::ops

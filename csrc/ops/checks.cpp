@@ -1,0 +1,133 @@
+#include "checks.h"
+
+#include <sstream>
+#include <stdexcept>
+
+namespace polylora::ops {
+namespace {
+
+const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+std::string device_name(bool is_cuda, int32_t index) { return is_cuda ? "cuda:" + std::to_string(index) : "cpu"; }
+
+// Sizes as a message shows them; kAny as the letter of its place.
+std::string shape_text(const std::vector<int64_t>& sizes) {
+  static const char* const kNames[] = {"n", "m", "k", "l"};
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (i) text += ", ";
+    text += sizes[i] == kAny ? kNames[i % 4] : std::to_string(sizes[i]);
+  }
+  return text + "]";
+}
+
+bool sizes_match(const Tensor& t, const std::vector<int64_t>& sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] != kAny && t.size(static_cast<int64_t>(i)) != sizes[i]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::string describe(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "] " << dtype_name(t.scalar_type()) << " on "
+      << (t.is_cuda() || t.is_cpu() ? device_name(t.is_cuda(), t.get_device_index()) : "another device");
+  if (!t.is_contiguous()) {
+    out << ", strides [";
+    for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.stride(i);
+    out << "]";
+  }
+  return out.str();
+}
+
+Checker::Checker(const char* op, const Tensor& like)
+    : op_(op), is_cuda_(like.is_cuda()), device_index_(like.is_cuda() ? like.get_device_index() : -1) {}
+
+void Checker::fail(const std::string& arg, const std::string& expected, const std::string& got) const {
+  throw std::runtime_error(std::string("polylora::") + op_ + ": " + arg + " must be " + expected + ", got " + got);
+}
+
+void Checker::device(const char* arg, const Tensor& t) const {
+  const bool same = t.is_cuda() == is_cuda_ && (is_cuda_ ? t.get_device_index() == device_index_ : t.is_cpu());
+  if (!same) fail(arg, "on " + device_name(is_cuda_, device_index_), describe(t));
+}
+
+void Checker::matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, ScalarType dtype) const {
+  const std::vector<int64_t> sizes{rows, cols};
+  if (!sizes_match(t, sizes) || t.scalar_type() != dtype) {
+    fail(arg, shape_text(sizes) + " " + dtype_name(dtype) + " on " + device_name(is_cuda_, device_index_), describe(t));
+  }
+  device(arg, t);
+  const bool unit = t.size(1) <= 1 || t.stride(1) == 1;
+  const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  if (!unit || !apart) fail(arg, "row-major: last stride 1, row stride at least the row's length", describe(t));
+}
+
+void Checker::contiguous(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype) const {
+  if (!sizes_match(t, sizes) || t.scalar_type() != dtype || !t.is_contiguous()) {
+    fail(arg,
+         shape_text(sizes) + " " + dtype_name(dtype) + " on " + device_name(is_cuda_, device_index_) + ", contiguous",
+         describe(t));
+  }
+  device(arg, t);
+}
+
+bool Checker::ids(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes) const {
+  const ScalarType dtype = t.scalar_type();
+  if (dtype != ScalarType::Int && dtype != ScalarType::Long) {
+    fail(arg, shape_text(sizes) + " int32 or int64", describe(t));
+  }
+  contiguous(arg, t, sizes, dtype);
+  return dtype == ScalarType::Long;
+}
+
+DType Checker::compute_dtype(const char* arg, const Tensor& t) const {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    default:
+      fail(arg, "bfloat16, float16 or float32", describe(t));
+  }
+}
+
+void Checker::range(const char* arg, int64_t value, int64_t lo, int64_t hi) const {
+  if (value < lo || value > hi) {
+    fail(arg, "in [" + std::to_string(lo) + ", " + std::to_string(hi) + "]", std::to_string(value));
+  }
+}
+
+}  // namespace polylora::ops

@@ -1,0 +1,56 @@
+// Argument checks of the ops. A refusal names the op, the argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "polylora/params.h"
+
+namespace polylora::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline constexpr int64_t kAny = -1;
+
+/// Checks of one call. `like` is the tensor whose device all others must share.
+class Checker {
+ public:
+  Checker(const char* op, const Tensor& like);
+
+  [[noreturn]] void fail(const std::string& arg, const std::string& expected, const std::string& got) const;
+
+  /// 2-D, last stride 1, row stride >= columns (rows do not overlap), of `dtype`. kAny matches any size.
+  void matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, ScalarType dtype) const;
+
+  /// Contiguous, of exactly these sizes (kAny matches any size), of `dtype`.
+  void contiguous(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype) const;
+
+  /// Contiguous int32 or int64 of these sizes; returns whether it is int64.
+  bool ids(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes) const;
+
+  /// dtype of x, y, A, B: bfloat16, float16 or float32.
+  DType compute_dtype(const char* arg, const Tensor& t) const;
+
+  /// lo <= value <= hi.
+  void range(const char* arg, int64_t value, int64_t lo, int64_t hi) const;
+
+  /// Row pitch of a checked matrix. Of a matrix of one row torch may report any stride; it is never used.
+  static int64_t pitch(const Tensor& t) { return t.stride(0); }
+
+ private:
+  void device(const char* arg, const Tensor& t) const;
+
+  const char* op_;
+  bool is_cuda_;
+  int32_t device_index_;
+};
+
+/// "[8, 2048] float16 on cuda:0".
+std::string describe(const Tensor& t);
+
+}  // namespace polylora::ops

@@ -1,0 +1,443 @@
+// The ops: check the arguments, fill the params, run the backend. One template serves the CPU and CUDA.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+
+#include "backend.h"
+#include "checks.h"
+
+namespace polylora::ops {
+namespace {
+
+using IntList = std::vector<int64_t>;
+using TensorList = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
+
+// Table, weights and outputs of the slices. `b` and the outputs are absent in shrink, which passes null.
+struct SliceArgs {
+  const TensorList* a;
+  const TensorList* b;
+  const Tensor& table;
+  const IntList* widths;
+  const IntList* cols;
+  int64_t col_stride;
+};
+
+// Of a list that holds either one arena for all slices or one tensor a slice, the tensor of slice s.
+const Tensor& of_slice(const TensorList& list, int64_t s) { return list.size() == 1 ? list[0] : list[s]; }
+
+void check_list(const Checker& check, const char* arg, const TensorList& list, int64_t slices) {
+  if (list.size() != 1 && static_cast<int64_t>(list.size()) != slices) {
+    check.fail(arg, "a list of 1 or " + std::to_string(slices) + " tensors (the slices of the table)",
+               std::to_string(list.size()) + " tensors");
+  }
+}
+
+// Fills everything but the pointers' use: `k` is the input width that A must have (kAny: embedding).
+SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, ScalarType dtype) {
+  check.contiguous("table", args.table, {kAny, kAny, sizeof(SliceEntry) / sizeof(int32_t)}, ScalarType::Int);
+  const int64_t groups = args.table.size(0);
+  const int64_t count = args.table.size(1);
+  if (count < 1 || count > kMaxSlices) {
+    check.fail("table", "of 1 to " + std::to_string(kMaxSlices) + " slices", describe(args.table));
+  }
+  check.range("table.size(0)", groups, 0, kMaxInt32);
+  SliceSet set{};
+  set.table = static_cast<const SliceEntry*>(args.table.data_ptr());
+  set.groups = static_cast<int32_t>(groups);
+  set.count = static_cast<int32_t>(count);
+  set.col_stride = static_cast<int32_t>(args.col_stride);
+  if (args.a) {
+    check_list(check, "a", *args.a, count);
+    for (const Tensor& t : *args.a) check.matrix("a", t, kAny, k, dtype);
+    for (int64_t s = 0; s < count; ++s) {
+      const Tensor& t = of_slice(*args.a, s);
+      set.a[s] = t.data_ptr();
+      set.a_stride[s] = Checker::pitch(t);
+    }
+  }
+  if (args.b) {
+    check_list(check, "b", *args.b, count);
+    for (const Tensor& t : *args.b) check.contiguous("b", t, {kAny}, dtype);
+    for (int64_t s = 0; s < count; ++s) set.b[s] = of_slice(*args.b, s).data_ptr();
+  }
+  if (args.widths) {
+    if (static_cast<int64_t>(args.widths->size()) != count) {
+      check.fail("widths", std::to_string(count) + " integers (the slices of the table)",
+                 std::to_string(args.widths->size()));
+    }
+    if (static_cast<int64_t>(args.cols->size()) != count) {
+      check.fail("cols", std::to_string(count) + " integers (the slices of the table)",
+                 std::to_string(args.cols->size()));
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      check.range("widths", (*args.widths)[s], 0, kMaxInt32);
+      set.width[s] = static_cast<int32_t>((*args.widths)[s]);
+      set.col[s] = (*args.cols)[s];
+    }
+  }
+  return set;
+}
+
+// Every slice must lie inside a row of `y`.
+void check_columns(const Checker& check, const char* arg, const Tensor& y, const SliceSet& set) {
+  for (int32_t s = 0; s < set.count; ++s) {
+    if (set.width[s] == 0) continue;
+    const int64_t last = set.col[s] + static_cast<int64_t>(set.width[s] - 1) * set.col_stride;
+    if (set.col[s] < 0 || last >= y.size(1)) {
+      check.fail(
+          "cols", std::string("columns inside ") + arg + ", which is " + describe(y),
+          "slice " + std::to_string(s) + " in columns " + std::to_string(set.col[s]) + " to " + std::to_string(last));
+    }
+  }
+}
+
+PlanView checked_plan(const Checker& check, const Tensor& plan, int64_t rows, int64_t groups, int64_t pairs) {
+  const int64_t words = plan_layout(rows, groups, pairs).words;
+  if (plan.dim() != 1 || plan.numel() != words || plan.scalar_type() != ScalarType::Int) {
+    check.fail("plan",
+               "[" + std::to_string(words) + "] int32 (made for " + std::to_string(rows) + " rows, " +
+                   std::to_string(groups) + " groups" + (pairs ? ", " + std::to_string(pairs) + " mapped pairs)" : ")"),
+               describe(plan));
+  }
+  check.contiguous("plan", plan, {words}, ScalarType::Int);
+  return plan_view(int32_data(plan), rows, groups, pairs);
+}
+
+// As checked_plan, of a plan that an op reads. On the CPU its header can be looked at; on CUDA that would synchronise,
+// and the kernels find no active rows in a plan made for other rows or groups.
+PlanView filled_plan(const Checker& check, const Tensor& plan, int64_t rows, int64_t groups, int64_t pairs) {
+  const PlanView view = checked_plan(check, plan, rows, groups, pairs);
+  if (plan.is_cpu() && !plan_fits(view)) {
+    const auto text = [](int64_t r, int64_t g, int64_t n) {
+      return std::to_string(r) + " rows, " + std::to_string(g) + " groups, " + std::to_string(n) + " mapped pairs";
+    };
+    check.fail("plan", "filled for " + text(rows, groups, pairs),
+               "one filled for " + text(view.header[kPlanRows], view.header[kPlanGroups], view.header[kPlanPairs]));
+  }
+  return view;
+}
+
+// The intermediate of an op that allocates it itself.
+Tensor scratch_v(const Checker& check, LoraParams& p, const Tensor& like, int64_t v_width) {
+  check.range("v_width", v_width, 0, kMaxInt32);
+  Tensor v = torch::stable::empty({p.rows, v_width}, ScalarType::Float, std::nullopt, like.device());
+  p.v = static_cast<float*>(v.data_ptr());
+  p.v_stride = v_width;
+  p.v_width = static_cast<int32_t>(v_width);
+  return v;
+}
+
+const int32_t* checked_row_map(const Checker& check, const OptionalTensor& row_map, int64_t rows) {
+  if (!row_map) return nullptr;
+  check.contiguous("row_map", *row_map, {rows}, ScalarType::Int);
+  return int32_data(*row_map);
+}
+
+void set_x(LoraParams& p, const Tensor& x) {
+  p.k = x.size(1);
+  p.x = x.data_ptr();
+  p.x_stride = Checker::pitch(x);
+}
+
+void set_y(LoraParams& p, const Tensor& y) {
+  p.y = y.data_ptr();
+  p.y_stride = Checker::pitch(y);
+}
+
+bool nothing_to_add(const LoraParams& p) { return p.rows == 0 || p.slices.groups == 0; }
+
+// ---------------------------------------------------------------------------------------------------------- plans
+
+template <class Backend>
+void plan(Tensor plan, Tensor group_ids, int64_t num_groups) {
+  const Checker check("plan", plan);
+  const bool is_int64 = check.ids("group_ids", group_ids, {kAny});
+  const int64_t rows = group_ids.size(0);
+  check.range("num_groups", num_groups, 0, kMaxInt32);
+  check.range("group_ids.size(0)", rows, 0, kMaxInt32 / 8);
+  checked_plan(check, plan, rows, num_groups, 0);
+  const PlanParams params{static_cast<int32_t*>(plan.data_ptr()), group_ids.data_ptr(), is_int64, rows, num_groups};
+  Backend(plan).plan(params);
+}
+
+template <class Backend>
+void moe_plan(Tensor plan, Tensor topk_ids, Tensor token_slots, int64_t num_slots, int64_t num_experts,
+              OptionalTensor expert_map, OptionalTensor row_map) {
+  const Checker check("moe_plan", plan);
+  MoePlanParams p{};
+  p.ids_are_int64 = check.ids("topk_ids", topk_ids, {kAny, kAny});
+  const int64_t tokens = topk_ids.size(0);
+  const int64_t top_k = topk_ids.size(1);
+  check.range("topk_ids.numel()", topk_ids.numel(), 0, kMaxInt32 / 8);
+  check.contiguous("token_slots", token_slots, {tokens}, ScalarType::Int);
+  check.range("num_slots", num_slots, 0, kMaxInt32);
+  check.range("num_experts", num_experts, 1, kMaxInt32);
+  check.range("num_slots * num_experts", num_slots * num_experts, 0, kMaxInt32);
+  p.pairs = tokens * top_k;
+  p.rows = p.pairs;
+  p.global_experts = static_cast<int32_t>(num_experts);
+  if (expert_map) {
+    check.contiguous("expert_map", *expert_map, {kAny}, ScalarType::Int);
+    p.expert_map = int32_data(*expert_map);
+    p.global_experts = static_cast<int32_t>(expert_map->size(0));
+  }
+  if (row_map) {
+    check.contiguous("row_map", *row_map, {kAny}, ScalarType::Int);
+    check.range("row_map.size(0)", row_map->size(0), 0, kMaxInt32 / 8);
+    p.row_map = int32_data(*row_map);
+    p.rows = row_map->size(0);
+  }
+  checked_plan(check, plan, p.rows, num_slots * num_experts, row_map ? p.pairs : 0);
+  p.plan = static_cast<int32_t*>(plan.data_ptr());
+  p.topk_ids = topk_ids.data_ptr();
+  p.token_slots = int32_data(token_slots);
+  p.top_k = static_cast<int32_t>(top_k);
+  p.slots = static_cast<int32_t>(num_slots);
+  p.experts = static_cast<int32_t>(num_experts);
+  Backend(plan).moe_plan(p);
+}
+
+// ---------------------------------------------------------------------------------------------------------- dense
+
+template <class Backend>
+void shrink(Tensor v, Tensor x, TensorList a, Tensor table, Tensor plan) {
+  const Checker check("shrink", v);
+  LoraParams p{};
+  p.dtype = check.compute_dtype("x", x);
+  check.matrix("x", x, kAny, kAny, x.scalar_type());
+  p.rows = x.size(0);
+  check.matrix("v", v, p.rows, kAny, ScalarType::Float);
+  set_x(p, x);
+  p.v = static_cast<float*>(v.data_ptr());
+  p.v_stride = Checker::pitch(v);
+  p.v_width = static_cast<int32_t>(v.size(1));
+  p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.scalar_type());
+  p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
+  if (nothing_to_add(p)) return;
+  Backend(v).shrink(p);
+}
+
+template <class Backend>
+void expand_(Tensor y, Tensor v, TensorList b, Tensor table, Tensor plan, IntList widths, IntList cols) {
+  const Checker check("expand_", y);
+  LoraParams p{};
+  p.dtype = check.compute_dtype("y", y);
+  check.matrix("y", y, kAny, kAny, y.scalar_type());
+  p.rows = y.size(0);
+  check.matrix("v", v, p.rows, kAny, ScalarType::Float);
+  set_y(p, y);
+  p.v = static_cast<float*>(v.data_ptr());
+  p.v_stride = Checker::pitch(v);
+  p.v_width = static_cast<int32_t>(v.size(1));
+  p.slices = slice_set(check, {nullptr, &b, table, &widths, &cols, 1}, kAny, y.scalar_type());
+  check_columns(check, "y", y, p.slices);
+  p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
+  if (nothing_to_add(p)) return;
+  Backend(y).expand(p);
+}
+
+template <class Backend>
+void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths, IntList cols,
+             int64_t v_width) {
+  const Checker check("linear_", y);
+  LoraParams p{};
+  p.dtype = check.compute_dtype("y", y);
+  check.matrix("y", y, kAny, kAny, y.scalar_type());
+  p.rows = y.size(0);
+  check.matrix("x", x, p.rows, kAny, y.scalar_type());
+  set_x(p, x);
+  set_y(p, y);
+  p.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, p.k, y.scalar_type());
+  check_columns(check, "y", y, p.slices);
+  p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
+  const Tensor v = scratch_v(check, p, y, v_width);
+  if (nothing_to_add(p)) return;
+  Backend(y).linear(p);
+}
+
+template <class Backend>
+void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
+                IntList cols, int64_t vocab, bool token_major) {
+  const Checker check("embedding_", y);
+  EmbeddingParams p{};
+  p.lora.dtype = check.compute_dtype("y", y);
+  check.matrix("y", y, kAny, kAny, y.scalar_type());
+  p.lora.rows = y.size(0);
+  p.ids_are_int64 = check.ids("token_ids", token_ids, {p.lora.rows});
+  p.token_ids = token_ids.data_ptr();
+  check.range("vocab", vocab, 0, kMaxInt32);
+  p.vocab = vocab;
+  set_y(p.lora, y);
+  // rank rows over the vocabulary, or token rows over the rank: the columns of A are checked accordingly
+  p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, token_major ? kAny : vocab, y.scalar_type());
+  for (const Tensor& t : a) {
+    if (t.size(0) > 1 && Checker::pitch(t) != Checker::pitch(a[0])) {
+      check.fail("a", "tensors of one row stride", describe(t));
+    }
+  }
+  const int64_t pitch = Checker::pitch(a[0]);
+  p.token_stride = token_major ? pitch : 1;
+  p.rank_stride = token_major ? 1 : pitch;
+  check_columns(check, "y", y, p.lora.slices);
+  p.lora.plan = filled_plan(check, plan, p.lora.rows, p.lora.slices.groups, 0);
+  if (nothing_to_add(p.lora)) return;
+  Backend(y).embedding(p);
+}
+
+// ------------------------------------------------------------------------------------------------------------ MoE
+
+// What both halves of an MoE layer share. `y` names the matrix whose rows are the plan's positions.
+struct MoeArgs {
+  const char* y_name;
+  const Tensor& y;
+  const char* x_name;
+  const Tensor& x;
+  int64_t x_rows;
+  const SliceArgs& slices;
+  const Tensor& plan;
+  int64_t pairs;
+  const OptionalTensor& row_map;
+};
+
+LoraParams moe_params(const Checker& check, const MoeArgs& args) {
+  LoraParams p{};
+  p.dtype = check.compute_dtype(args.y_name, args.y);
+  check.matrix(args.y_name, args.y, kAny, kAny, args.y.scalar_type());
+  p.rows = args.y.size(0);
+  if (!args.row_map && p.rows != args.pairs) {
+    check.fail(args.y_name, "of " + std::to_string(args.pairs) + " rows, one a (token, expert) pair", describe(args.y));
+  }
+  check.matrix(args.x_name, args.x, args.x_rows, kAny, args.y.scalar_type());
+  set_x(p, args.x);
+  set_y(p, args.y);
+  p.row_map = checked_row_map(check, args.row_map, p.rows);
+  check.range("col_stride", args.slices.col_stride, 1, kMaxInt32);
+  p.slices = slice_set(check, args.slices, p.k, args.y.scalar_type());
+  check_columns(check, args.y_name, args.y, p.slices);
+  p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, args.row_map ? args.pairs : 0);
+  return p;
+}
+
+// Gate/up: the pairs of a token share its row of x.
+LoraParams gate_up_params(const Checker& check, const char* y_name, const Tensor& y, const Tensor& x,
+                          const SliceArgs& slices, const Tensor& plan, int64_t top_k, const OptionalTensor& row_map) {
+  check.range("top_k", top_k, 1, kMaxInt32);
+  check.matrix("x", x, kAny, kAny, x.scalar_type());
+  const int64_t pairs = x.size(0) * top_k;
+  LoraParams p = moe_params(check, {y_name, y, "x", x, kAny, slices, plan, pairs, row_map});
+  p.x_div = static_cast<int32_t>(top_k);
+  return p;
+}
+
+// Down: every position has its own row of h, and the top-k weight of its pair.
+LoraParams down_params(const Checker& check, const char* y_name, const Tensor& y, const Tensor& h,
+                       const SliceArgs& slices, const Tensor& plan, const Tensor& topk_weights,
+                       const OptionalTensor& row_map) {
+  check.contiguous("topk_weights", topk_weights, {kAny, kAny}, ScalarType::Float);
+  LoraParams p = moe_params(
+      check, {y_name, y, "h", h, y.dim() > 0 ? y.size(0) : kAny, slices, plan, topk_weights.numel(), row_map});
+  p.row_weight = static_cast<const float*>(topk_weights.data_ptr());
+  return p;
+}
+
+template <class Backend>
+void moe_gate_up_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
+                  IntList cols, int64_t v_width, int64_t top_k, int64_t col_stride, OptionalTensor row_map) {
+  const Checker check("moe_gate_up_", y);
+  const SliceArgs slices{&a, &b, table, &widths, &cols, col_stride};
+  LoraParams p = gate_up_params(check, "y", y, x, slices, plan, top_k, row_map);
+  const Tensor v = scratch_v(check, p, y, v_width);
+  if (nothing_to_add(p)) return;
+  Backend(y).linear(p);
+}
+
+template <class Backend>
+void moe_down_(Tensor y, Tensor h, TensorList a, TensorList b, Tensor table, Tensor plan, Tensor topk_weights,
+               IntList widths, IntList cols, int64_t v_width, OptionalTensor row_map) {
+  const Checker check("moe_down_", y);
+  const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
+  LoraParams p = down_params(check, "y", y, h, slices, plan, topk_weights, row_map);
+  const Tensor v = scratch_v(check, p, y, v_width);
+  if (nothing_to_add(p)) return;
+  Backend(y).linear(p);
+}
+
+template <class Backend>
+void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan,
+                     IntList widths, IntList cols, int64_t v_width, int64_t top_k, int64_t act, double alpha,
+                     double limit, int64_t col_stride, OptionalTensor row_map) {
+  const Checker check("moe_gate_up_act", h);
+  const SliceArgs slices{&a, &b, table, &widths, &cols, col_stride};
+  GateUpActParams p{};
+  p.lora = gate_up_params(check, "y1", y1, x, slices, plan, top_k, row_map);
+  const SliceSet& set = p.lora.slices;
+  if (set.count > 2 || (set.count == 2 && set.width[0] != set.width[1])) {
+    check.fail("widths", "[I], or [I, I] where gated", std::to_string(set.count) + " slices of unequal width");
+  }
+  check.range("act", act, 0, static_cast<int64_t>(Activation::kSwigluOai));
+  p.act = static_cast<Activation>(act);
+  if (p.act == Activation::kSwigluOai && set.count != 2) check.fail("act", "gated for swiglu_oai", "one slice");
+  check.matrix("h", h, p.lora.rows, set.width[0], y1.scalar_type());
+  p.h = h.data_ptr();
+  p.h_stride = Checker::pitch(h);
+  p.alpha = static_cast<float>(alpha);
+  p.limit = static_cast<float>(limit);
+  const Tensor v = scratch_v(check, p.lora, h, v_width);
+  if (p.lora.rows == 0 || set.width[0] == 0) return;
+  const Backend backend(h);
+  if (set.groups > 0) backend.shrink(p.lora);
+  backend.gate_up_act(p);
+}
+
+template <class Backend>
+void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b, Tensor table, Tensor plan,
+                     Tensor topk_weights, IntList widths, IntList cols, int64_t v_width, OptionalTensor row_map,
+                     bool y2_weighted) {
+  const Checker check("moe_down_reduce", out);
+  const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
+  DownReduceParams p{};
+  p.lora = down_params(check, "y2", y2, h, slices, plan, topk_weights, row_map);
+  if (p.lora.slices.count != 1) {
+    check.fail("widths", "one integer", std::to_string(p.lora.slices.count) + " slices");
+  }
+  p.tokens = topk_weights.size(0);
+  p.top_k = static_cast<int32_t>(topk_weights.size(1));
+  check.matrix("out", out, p.tokens, p.lora.slices.width[0], y2.scalar_type());
+  p.out = out.data_ptr();
+  p.out_stride = Checker::pitch(out);
+  p.y_weighted = y2_weighted;
+  const Tensor v = scratch_v(check, p.lora, out, v_width);
+  if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
+  const Backend backend(out);
+  if (p.lora.rows > 0 && p.lora.slices.groups > 0) backend.shrink(p.lora);
+  backend.down_reduce(p);
+}
+
+template <class Backend>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("plan", TORCH_BOX(&plan<Backend>));
+  m.impl("moe_plan", TORCH_BOX(&moe_plan<Backend>));
+  m.impl("shrink", TORCH_BOX(&shrink<Backend>));
+  m.impl("expand_", TORCH_BOX(&expand_<Backend>));
+  m.impl("linear_", TORCH_BOX(&linear_<Backend>));
+  m.impl("embedding_", TORCH_BOX(&embedding_<Backend>));
+  m.impl("moe_gate_up_", TORCH_BOX(&moe_gate_up_<Backend>));
+  m.impl("moe_down_", TORCH_BOX(&moe_down_<Backend>));
+  m.impl("moe_gate_up_act", TORCH_BOX(&moe_gate_up_act<Backend>));
+  m.impl("moe_down_reduce", TORCH_BOX(&moe_down_reduce<Backend>));
+}
+
+}  // namespace
+}  // namespace polylora::ops
+
+STABLE_TORCH_LIBRARY_IMPL(polylora, CPU, m) { polylora::ops::register_ops<polylora::ops::CpuBackend>(m); }
+
+#ifdef POLYLORA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(polylora, CUDA, m) { polylora::ops::register_ops<polylora::ops::CudaBackend>(m); }
+#endif

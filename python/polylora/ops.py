@@ -1,0 +1,363 @@
+"""The ops, documented, with their fakes (what ``torch.compile`` needs to know).
+
+Each function here is ``torch.ops.polylora.<name>`` with a docstring; call whichever reads better. All work in place,
+never synchronise, run on the current stream and may be captured into a CUDA graph. Wrong shape, dtype, device or
+stride raises ``RuntimeError`` naming the op, the argument, what was expected and what came.
+
+Arguments that recur:
+
+==============  =====================================================================================================
+``table``       int32 ``[groups, slices, 8]``: where the weights of each (group, slice) lie, see
+                :class:`polylora.SliceTable`. Its contents are trusted: build it with the builders, which check it.
+``plan``        int32 ``[plan_size(rows, groups)]``, filled by :func:`plan` or :func:`moe_plan` for the same rows.
+``a``           list of one arena for all slices or one tensor a slice, each ``[a_rows, K]``, last stride 1.
+``b``           list of one arena for all slices or one tensor a slice, each 1-D contiguous.
+``widths``      outputs of each slice. ``cols``: the column of y in which its output 0 stands.
+``v_width``     columns of the intermediate ``v`` that the table was made for.
+==============  =====================================================================================================
+
+``x``, ``y``, ``a`` and ``b`` are bfloat16, float16 or float32, all the same; products accumulate in fp32 and are
+rounded once into y. Rows without an adapter, and columns outside the slices, keep their bits.
+
+Source: csrc/ops/ops.cpp (checks), csrc/kernels and csrc/cpu (implementations), csrc/include/polylora (layouts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: ``act`` of :func:`moe_gate_up_act`, by name.
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "swiglu_oai": 4}
+
+_ops = torch.ops.polylora
+
+
+def plan(plan: Tensor, group_ids: Tensor, num_groups: int) -> None:
+    """Groups the rows of a step, on the device; all layers of the step reuse the result.
+
+    Args:
+        plan: int32 ``[plan_size(rows, num_groups)]``, written.
+        group_ids: int32 or int64 ``[rows]``; -1 = no adapter. Ids out of range count as -1, and the header counts
+            them (:meth:`polylora.Plan.stats`).
+        num_groups: groups of the tables that will be used with it.
+    """
+    _ops.plan(plan, group_ids, num_groups)
+
+
+def moe_plan(
+    plan: Tensor,
+    topk_ids: Tensor,
+    token_slots: Tensor,
+    num_slots: int,
+    num_experts: int,
+    expert_map: Tensor | None = None,
+    row_map: Tensor | None = None,
+) -> None:
+    """Groups the (token, expert) pairs of a step: group = slot * num_experts + local expert.
+
+    Args:
+        plan: int32 ``[plan_size(rows, num_slots * num_experts, pairs)]``, written; rows = pairs = tokens * top_k and
+            ``pairs`` 0 in ``plan_size`` without a row map.
+        topk_ids: int32 or int64 ``[tokens, top_k]``; -1 = no expert.
+        token_slots: int32 ``[tokens]``; -1 = no adapter.
+        num_slots: adapter slots.
+        num_experts: experts held here.
+        expert_map: int32 ``[global experts]`` to local expert, -1 = held elsewhere (expert parallelism).
+        row_map: int32 ``[rows]``: the pair (token * top_k + j) that stands in each position of a permuted buffer,
+            -1 = padding. The plan's rows are then positions.
+
+    Ids out of range count as "no such row" (expert, row map) or "no adapter" (slot), and the header counts them.
+    """
+    _ops.moe_plan(plan, topk_ids, token_slots, num_slots, num_experts, expert_map, row_map)
+
+
+def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], table: Tensor, plan: Tensor) -> None:
+    """``v[row, v_col + j] = x[row] . A[j]``, unscaled; parts of absent slices are not written.
+
+    Args:
+        v: float32 ``[rows, v_width]``, written. For row-parallel layers: all-reduce it before :func:`expand_`.
+        x: ``[rows, K]``.
+    """
+    _ops.shrink(v, x, a, table, plan)
+
+
+def expand_(
+    y: Tensor, v: Tensor, b: Sequence[Tensor], table: Tensor, plan: Tensor, widths: Sequence[int], cols: Sequence[int]
+) -> None:
+    """``y[row, cols[s] + n] += sum_j scale * v[row, v_col + j] * B[n, j]``.
+
+    Args:
+        y: ``[rows, ...]``, any row stride; the slices may lie anywhere in a row.
+        v: float32 ``[rows, v_width]`` of :func:`shrink`.
+    """
+    _ops.expand_(y, v, b, table, plan, widths, cols)
+
+
+def linear_(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    v_width: int,
+) -> None:
+    """``y += scale * (x A^T) B^T`` for all slices of a linear layer: the fast path, one call a layer.
+
+    Args:
+        y: ``[rows, ...]``, any row stride: the base layer's output, or a view into a fused buffer.
+        x: ``[rows, K]``, the base layer's input.
+    """
+    _ops.linear_(y, x, a, b, table, plan, widths, cols, v_width)
+
+
+def embedding_(
+    y: Tensor,
+    token_ids: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    vocab: int,
+    token_major: bool = False,
+) -> None:
+    """``y[row] += scale * B A[:, token]``: A is looked up instead of multiplied.
+
+    Args:
+        y: ``[rows, ...]``, the base embedding's output.
+        token_ids: int32 or int64 ``[rows]``. A row whose id lies outside ``[0, vocab)`` keeps its bits.
+        a: ``[ranks, vocab]`` each (``a_row`` = first rank row), or with ``token_major`` ``[tokens, r]``
+            (``a_row`` = the row of token 0).
+        vocab: tokens A knows.
+    """
+    _ops.embedding_(y, token_ids, a, b, table, plan, widths, cols, vocab, token_major)
+
+
+def moe_gate_up_(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    v_width: int,
+    top_k: int,
+    col_stride: int = 1,
+    row_map: Tensor | None = None,
+) -> None:
+    """Adds the delta of the first half of an MoE layer into the engine's buffer.
+
+    Args:
+        y: ``[tokens * top_k, ...]`` in pair order, or ``[rows, ...]`` permuted with ``row_map``.
+        x: ``[tokens, K]``, the layer's input; the pairs of a token share its row.
+        plan: of :func:`moe_plan`, with the same row map.
+        widths: ``[I]``, or ``[I, I]`` for gate and up.
+        col_stride: columns between two outputs of a slice: 2 where gate and up are interleaved (cols ``[0, 1]``).
+    """
+    _ops.moe_gate_up_(y, x, a, b, table, plan, widths, cols, v_width, top_k, col_stride, row_map)
+
+
+def moe_down_(
+    y: Tensor,
+    h: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    topk_weights: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    v_width: int,
+    row_map: Tensor | None = None,
+) -> None:
+    """Adds ``w * delta`` of the second half of an MoE layer into the engine's buffer of weighted expert outputs.
+
+    Args:
+        y: ``[tokens * top_k, ...]`` in pair order, or ``[rows, ...]`` permuted with ``row_map``.
+        h: one row for each row of y: the activated intermediate.
+        topk_weights: float32 ``[tokens, top_k]``.
+    """
+    _ops.moe_down_(y, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map)
+
+
+def moe_gate_up_act(
+    h: Tensor,
+    y1: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    v_width: int,
+    top_k: int,
+    act: int,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    col_stride: int = 1,
+    row_map: Tensor | None = None,
+) -> None:
+    """``h = act(y1 + delta)``: replaces the engine's activation, so that y1 is read once and never written.
+
+    Args:
+        h: ``[rows, I]``, written for every row that exists here (base-only rows included).
+        y1: ``[rows, I]`` or ``[rows, 2 I]``, the base GEMM's output.
+        act: :data:`ACTIVATIONS`. One slice: ``act(u)``. Two: ``act(gate) * up``; swiglu_oai is
+            ``c * sigmoid(alpha * c) * (clamp(u, -limit, limit) + 1)`` with
+            ``c = min(g, limit)``.
+
+    Other arguments as :func:`moe_gate_up_`.
+    """
+    _ops.moe_gate_up_act(
+        h, y1, x, a, b, table, plan, widths, cols, v_width, top_k, act, alpha, limit, col_stride, row_map
+    )
+
+
+def moe_down_reduce(
+    out: Tensor,
+    y2: Tensor,
+    h: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    topk_weights: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    v_width: int,
+    row_map: Tensor | None = None,
+    y2_weighted: bool = False,
+) -> None:
+    """``out[t] = sum_j w[t, j] * (y2[t, j] + delta)``: replaces the engine's top-k sum.
+
+    Args:
+        out: ``[tokens, H]``, written.
+        y2: ``[rows, H]``, the base GEMM's output; rows that do not exist here (padding, experts of another rank)
+            contribute nothing, whatever they hold.
+        y2_weighted: y2 already carries its top-k weights; they then multiply the delta only.
+
+    Other arguments as :func:`moe_down_`. The experts of a token add up in ascending j, in fp32.
+    """
+    _ops.moe_down_reduce(out, y2, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map, y2_weighted)
+
+
+# ------------------------------------------------------------------------------------------------------------ fakes
+# The real ops check everything; the fakes check what a shape can tell, so that a wrong call fails while tracing.
+
+
+def _expect(condition, op: str, argument: str, expected: str, got) -> None:
+    torch._check(condition, lambda: f"polylora::{op}: {argument} must be {expected}, got {got}")
+
+
+def _check_matrix(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
+    _expect(t.dim() == 2, op, name, "2-D", list(t.shape))
+    _expect(t.dtype == dtype, op, name, str(dtype), t.dtype)
+    compute = (torch.bfloat16, torch.float16, torch.float32)
+    _expect(t.dtype in compute, op, name, "bfloat16, float16 or float32", t.dtype)
+
+
+def _check_rows(op: str, name: str, t: Tensor, rows) -> None:
+    _expect(t.shape[0] == rows, op, name, f"of {rows} rows", list(t.shape))
+
+
+def _check_table(op: str, table: Tensor, plan: Tensor, *lists) -> None:
+    _expect(table.dim() == 3 and table.shape[2] == 8, op, "table", "[groups, slices, 8]", list(table.shape))
+    _expect(plan.dim() == 1, op, "plan", "1-D", list(plan.shape))
+    slices = table.shape[1]
+    for name, values, may_be_one in lists:
+        fits = len(values) == slices or (may_be_one and len(values) == 1)
+        _expect(fits, op, name, f"of {slices} items (the slices of the table)", f"{len(values)} items")
+
+
+@torch.library.register_fake("polylora::plan")
+def _(plan, group_ids, num_groups):
+    _expect(group_ids.dim() == 1, "plan", "group_ids", "1-D", list(group_ids.shape))
+    _expect(plan.dim() == 1, "plan", "plan", "1-D", list(plan.shape))
+
+
+@torch.library.register_fake("polylora::moe_plan")
+def _(plan, topk_ids, token_slots, num_slots, num_experts, expert_map=None, row_map=None):
+    _expect(topk_ids.dim() == 2, "moe_plan", "topk_ids", "[tokens, top_k]", list(topk_ids.shape))
+    _check_rows("moe_plan", "token_slots", token_slots, topk_ids.shape[0])
+    _expect(plan.dim() == 1, "moe_plan", "plan", "1-D", list(plan.shape))
+
+
+@torch.library.register_fake("polylora::shrink")
+def _(v, x, a, table, plan):
+    _check_matrix("shrink", "x", x, x.dtype)
+    _check_matrix("shrink", "v", v, torch.float32)
+    _check_rows("shrink", "v", v, x.shape[0])
+    _check_table("shrink", table, plan, ("a", a, True))
+
+
+@torch.library.register_fake("polylora::expand_")
+def _(y, v, b, table, plan, widths, cols):
+    _check_matrix("expand_", "y", y, y.dtype)
+    _check_matrix("expand_", "v", v, torch.float32)
+    _check_rows("expand_", "v", v, y.shape[0])
+    _check_table("expand_", table, plan, ("b", b, True), ("widths", widths, False), ("cols", cols, False))
+
+
+@torch.library.register_fake("polylora::linear_")
+def _(y, x, a, b, table, plan, widths, cols, v_width):
+    _check_matrix("linear_", "y", y, y.dtype)
+    _check_matrix("linear_", "x", x, y.dtype)
+    _check_rows("linear_", "x", x, y.shape[0])
+    lists = (("a", a, True), ("b", b, True), ("widths", widths, False), ("cols", cols, False))
+    _check_table("linear_", table, plan, *lists)
+
+
+@torch.library.register_fake("polylora::embedding_")
+def _(y, token_ids, a, b, table, plan, widths, cols, vocab, token_major=False):
+    _check_matrix("embedding_", "y", y, y.dtype)
+    _check_rows("embedding_", "token_ids", token_ids, y.shape[0])
+    lists = (("a", a, True), ("b", b, True), ("widths", widths, False), ("cols", cols, False))
+    _check_table("embedding_", table, plan, *lists)
+
+
+@torch.library.register_fake("polylora::moe_gate_up_")
+def _(y, x, a, b, table, plan, widths, cols, v_width, top_k, col_stride=1, row_map=None):
+    _check_moe("moe_gate_up_", "y", y, "x", x, a, b, table, plan, widths, cols, row_map, x.shape[0] * top_k)
+
+
+@torch.library.register_fake("polylora::moe_down_")
+def _(y, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map=None):
+    _check_moe("moe_down_", "y", y, "h", h, a, b, table, plan, widths, cols, row_map, topk_weights.numel())
+    _check_rows("moe_down_", "h", h, y.shape[0])
+
+
+@torch.library.register_fake("polylora::moe_gate_up_act")
+def _(
+    h, y1, x, a, b, table, plan, widths, cols, v_width, top_k, act, alpha=1.702, limit=7.0, col_stride=1, row_map=None
+):
+    op = "moe_gate_up_act"
+    _check_moe(op, "y1", y1, "x", x, a, b, table, plan, widths, cols, row_map, x.shape[0] * top_k)
+    _check_matrix(op, "h", h, y1.dtype)
+    _check_rows(op, "h", h, y1.shape[0])
+
+
+@torch.library.register_fake("polylora::moe_down_reduce")
+def _(out, y2, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map=None, y2_weighted=False):
+    op = "moe_down_reduce"
+    _check_moe(op, "y2", y2, "h", h, a, b, table, plan, widths, cols, row_map, topk_weights.numel())
+    _check_rows(op, "h", h, y2.shape[0])
+    _check_matrix(op, "out", out, y2.dtype)
+    _check_rows(op, "out", out, topk_weights.shape[0])
+
+
+def _check_moe(op, y_name, y, x_name, x, a, b, table, plan, widths, cols, row_map, pairs) -> None:
+    _check_matrix(op, y_name, y, y.dtype)
+    _check_matrix(op, x_name, x, y.dtype)
+    _check_rows(op, y_name, y, pairs if row_map is None else row_map.shape[0])
+    lists = (("a", a, True), ("b", b, True), ("widths", widths, False), ("cols", cols, False))
+    _check_table(op, table, plan, *lists)

@@ -1,0 +1,55 @@
+"""Builds polylora by driving CMake. Options through the environment:
+
+POLYLORA_CUDA        ON, OFF or AUTO (default): compile the CUDA kernels when nvcc is found
+POLYLORA_CUDA_ARCHS  CMake's list of architectures, e.g. "90a-real" (default: all this nvcc knows from 8.0 on)
+POLYLORA_BUILD_DIR   CMake's build folder (default: build/<platform>-<python>)
+MAX_JOBS             parallel compile jobs (default: the number of cores)
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """One CMake build makes every library of the package; setuptools only has to know that there is one."""
+
+    def run(self) -> None:
+        package = ROOT / "python" / "polylora" if self.inplace else Path(self.build_lib).resolve() / "polylora"
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = Path(os.environ.get("POLYLORA_BUILD_DIR", ROOT / "build" / tag))
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPOLYLORA_OUTPUT_DIR={package}",
+            f"-DPOLYLORA_CUDA={os.environ.get('POLYLORA_CUDA', 'AUTO')}",
+            f"-DPOLYLORA_TESTS={'ON' if self.inplace else 'OFF'}",
+        ]
+        if "POLYLORA_CUDA_ARCHS" in os.environ:
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['POLYLORA_CUDA_ARCHS']}")
+        if shutil.which("ninja") and not (build / "Makefile").exists():
+            configure += ["-G", "Ninja"]
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "polylora"
+        return [str(p) for p in [*package.glob("_host*.so"), *package.glob("lib/*.so")]]
+
+
+setup(
+    packages=find_packages("python"),
+    package_dir={"": "python"},
+    package_data={"polylora.fixtures": ["*.json", "*.md", "*/*.json", "*/*.safetensors", "*/adapters/*/*"]},
+    ext_modules=[Extension("polylora._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,333 @@
+"""The MoE ops: both halves, in place and fused into the engine's seams, in both row orders."""
+
+from __future__ import annotations
+
+import pytest
+import reference as ref
+import torch
+from cases import (
+    LAYOUTS,
+    Guarded,
+    assert_lora_matters,
+    check_parts,
+    expected_act,
+    expected_reduce,
+    make_moe_case,
+    make_moe_half,
+    ops,
+    written,
+)
+
+ORDER = pytest.mark.parametrize("row_map", [False, True], ids=["pair_order", "row_map"])
+GATED = pytest.mark.parametrize("gated, interleaved", [(False, False), (True, False), (True, True)],
+                                ids=["non_gated", "gated", "interleaved"])  # fmt: skip
+
+
+def run_gate_up(case, half) -> None:
+    ops.moe_gate_up_(
+        half.y.view, half.x, **half.args(), plan=case.plan, top_k=case.top_k, col_stride=half.col_stride,
+        row_map=case.row_map,
+    )  # fmt: skip
+    check_parts(half.parts, half.y.view)
+    half.y.assert_written_only("y of gate/up", written(half.parts, half.y.view.shape))
+
+
+def run_down(case, half) -> None:
+    ops.moe_down_(
+        half.y.view, half.x, **half.args(), plan=case.plan, topk_weights=case.topk_weights, row_map=case.row_map
+    )
+    check_parts(half.parts, half.y.view)
+    half.y.assert_written_only("y of down", written(half.parts, half.y.view.shape))
+
+
+def run_act(case, half, act, alpha=1.702, limit=7.0) -> None:
+    parts = expected_act(case, half, act, alpha, limit)
+    shape = (case.positions, half.widths[0])
+    h = Guarded(torch.full(shape, torch.nan, dtype=case.dtype), case.device, case.gen, left=8, right=8)
+    ops.moe_gate_up_act(
+        h.view, half.y.view, half.x, **half.args(), plan=case.plan, top_k=case.top_k, act=ref.ACTIVATIONS[act],
+        alpha=alpha, limit=limit, col_stride=half.col_stride, row_map=case.row_map,
+    )  # fmt: skip
+    check_parts(parts, h.view)
+    h.assert_written_only("h", written(parts, shape))
+    half.y.assert_written_only("y1, which is only read", torch.zeros(half.y.view.shape, dtype=torch.bool))
+
+
+def run_reduce(case, half, y2_weighted) -> None:
+    parts = expected_reduce(case, half, y2_weighted)
+    shape = (case.tokens, half.widths[0])
+    out = Guarded(torch.full(shape, torch.nan, dtype=case.dtype), case.device, case.gen, left=8, right=8)
+    ops.moe_down_reduce(
+        out.view, half.y.view, half.x, **half.args(), plan=case.plan, topk_weights=case.topk_weights,
+        row_map=case.row_map, y2_weighted=y2_weighted,
+    )  # fmt: skip
+    check_parts(parts, out.view)
+    out.assert_written_only("out", torch.ones(shape, dtype=torch.bool))
+    half.y.assert_written_only("y2, which is only read", torch.zeros(half.y.view.shape, dtype=torch.bool))
+
+
+# -------------------------------------------------------------------------------------------- gate/up and down
+
+
+@pytest.mark.trap(13, 15)
+@ORDER
+@GATED
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33])
+def test_gate_up_adds_into_the_engines_buffer(device, dtype, path, tokens, gated, interleaved, row_map):
+    case = make_moe_case(device, dtype, tokens=tokens, row_map=row_map, seed=tokens)
+    run_gate_up(case, make_moe_half(case, down=False, gated=gated, interleaved=interleaved))
+
+
+@pytest.mark.trap(13, 15)
+@ORDER
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33])
+def test_down_adds_the_weighted_delta(device, dtype, path, tokens, row_map):
+    case = make_moe_case(device, dtype, tokens=tokens, row_map=row_map, seed=tokens)
+    run_down(case, make_moe_half(case, down=True))
+
+
+@ORDER
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_pool_layout(device, dtype, path, layout, row_map):
+    case = make_moe_case(device, dtype, row_map=row_map)
+    run_gate_up(case, make_moe_half(case, down=False, layout=layout))
+    run_down(case, make_moe_half(case, down=True, layout=layout))
+
+
+@ORDER
+@GATED
+def test_aligned_expert_pools_take_the_fast_path(device, dtype, path, gated, interleaved, row_map):
+    case = make_moe_case(device, dtype, tokens=40, row_map=row_map, block=16)
+    shape = {"k": 128, "width": 64, "aligned": True}
+    run_gate_up(case, make_moe_half(case, down=False, gated=gated, interleaved=interleaved, **shape))
+    run_down(case, make_moe_half(case, down=True, **shape))
+
+
+@ORDER
+def test_a_and_b_shared_by_all_experts(device, dtype, path, row_map):
+    """Shared-outer LoRA: the entries of all experts of a slot coincide."""
+    case = make_moe_case(device, dtype, row_map=row_map, tokens=25)
+    run_gate_up(case, make_moe_half(case, down=False, shared_outer=True))
+    run_down(case, make_moe_half(case, down=True, shared_outer=True))
+
+
+@pytest.mark.trap(15)
+@ORDER
+def test_minus_one_experts_under_expert_parallelism(device, dtype, path, row_map):
+    """Half the experts live elsewhere: their rows are noise, weights NaN, and stay so."""
+    case = make_moe_case(device, dtype, tokens=30, expert_map=True, row_map=row_map, no_expert=0.3)
+    assert ref.NO_ROW in case.rows.row_group
+    run_gate_up(case, make_moe_half(case, down=False))
+    run_down(case, make_moe_half(case, down=True))
+
+
+@pytest.mark.trap(15)
+@ORDER
+def test_the_same_expert_twice_in_a_tokens_top_k(device, dtype, path, row_map):
+    case = make_moe_case(device, dtype, tokens=20, top_k=6, experts=2, no_expert=0.0, row_map=row_map)
+    run_gate_up(case, make_moe_half(case, down=False))
+    run_down(case, make_moe_half(case, down=True))
+    run_reduce(case, make_moe_half(case, down=True, weighted=False), y2_weighted=False)
+
+
+@ORDER
+def test_invalid_slots_experts_and_positions_are_nobody(device, dtype, path, row_map):
+    case = make_moe_case(device, dtype, tokens=40, invalid=True, row_map=row_map)
+    assert case.rows.invalid > 0
+    run_gate_up(case, make_moe_half(case, down=False))
+    run_down(case, make_moe_half(case, down=True))
+    run_act(case, make_moe_half(case, down=False), "silu")
+    run_reduce(case, make_moe_half(case, down=True, weighted=False), y2_weighted=False)
+
+
+@ORDER
+@pytest.mark.parametrize("slot_ids", ["none", "one", "base_and_one"])
+def test_no_adapter_one_adapter_and_both(device, dtype, path, slot_ids, row_map):
+    case = make_moe_case(device, dtype, tokens=21, slot_ids=slot_ids, row_map=row_map)
+    run_gate_up(case, make_moe_half(case, down=False))
+    run_down(case, make_moe_half(case, down=True))
+    run_act(case, make_moe_half(case, down=False), "silu")
+    run_reduce(case, make_moe_half(case, down=True, weighted=False), y2_weighted=False)
+
+
+@ORDER
+@pytest.mark.parametrize("k, width", [(1, 1), (19, 99), (99, 19), (80, 111), (513, 7)])
+def test_any_expert_widths(device, dtype, path, k, width, row_map):
+    case = make_moe_case(device, dtype, tokens=9, row_map=row_map)
+    run_gate_up(case, make_moe_half(case, down=False, k=k, width=width))
+    run_down(case, make_moe_half(case, down=True, k=k, width=width))
+
+
+@pytest.mark.parametrize("rank", [1, 7, 32, 64, 128, 256])
+def test_any_expert_rank(device, dtype, path, rank):
+    case = make_moe_case(device, dtype, tokens=9, experts=4)
+    run_gate_up(case, make_moe_half(case, down=False, ranks=(rank, max(rank // 2, 1))))
+    run_down(case, make_moe_half(case, down=True, ranks=(rank,)))
+
+
+# -------------------------------------------------------------------------------------------- gate_up_act
+
+
+FORMS = [
+    (act, *form)
+    for act in ref.ACTIVATIONS
+    for form in ((False, False), (True, False), (True, True))
+    if form[0] or act != "swiglu_oai"
+]
+
+
+@ORDER
+@pytest.mark.parametrize("act, gated, interleaved", FORMS)
+def test_every_activation(device, dtype, path, act, gated, interleaved, row_map):
+    case = make_moe_case(device, dtype, tokens=30, row_map=row_map)
+    run_act(case, make_moe_half(case, down=False, gated=gated, interleaved=interleaved), act)
+
+
+@pytest.mark.parametrize("alpha, limit", [(1.702, 7.0), (1.702, 0.5), (0.7, 1.25)])
+def test_swiglu_oai_clamps_before_it_activates(device, dtype, path, alpha, limit):
+    """Limits small enough that most gates and ups are cut."""
+    case = make_moe_case(device, dtype, tokens=30)
+    run_act(case, make_moe_half(case, down=False, interleaved=True), "swiglu_oai", alpha, limit)
+
+
+@ORDER
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33, 100])
+def test_act_writes_every_row_that_exists_and_no_other(device, dtype, path, tokens, row_map):
+    case = make_moe_case(device, dtype, tokens=tokens, row_map=row_map, expert_map=True, seed=tokens)
+    run_act(case, make_moe_half(case, down=False, layout="ragged"), "silu")
+
+
+@ORDER
+def test_act_on_aligned_shapes(device, dtype, path, row_map):
+    case = make_moe_case(device, dtype, tokens=50, row_map=row_map, block=16)
+    for interleaved in (False, True):
+        run_act(case, make_moe_half(case, down=False, k=128, width=96, aligned=True, interleaved=interleaved), "silu")
+    run_act(case, make_moe_half(case, down=False, k=128, width=96, aligned=True, gated=False), "relu2")
+
+
+@pytest.mark.trap(7, 13)
+def test_act_of_extreme_gates_is_finite_where_the_formula_is(device, dtype, path):
+    """silu(-100), gelu(-30), exp overflow inside a sigmoid: 0, not NaN."""
+    big = 200.0
+    gate = torch.tensor([-big, -30, -11, -1e-3, 0, 1e-3, 11, 30, big]).to(dtype)
+    rows, width = 4, len(gate)
+    y1 = torch.cat([gate, torch.ones(width, dtype=dtype)]).repeat(rows, 1).to(device)
+    plan = ref.new_plan(rows, 1, device=device)
+    ops.moe_plan(plan, torch.zeros((rows, 1), dtype=torch.int32, device=device),
+                 torch.full((rows,), -1, dtype=torch.int32, device=device), 1, 1, None, None)  # fmt: skip
+    table = torch.zeros((1, 2, 8), dtype=torch.int32, device=device)
+    a, b = torch.zeros((8, 16), dtype=dtype, device=device), torch.zeros(64, dtype=dtype, device=device)
+    x = torch.zeros((rows, 16), dtype=dtype, device=device)
+    for act, number in ref.ACTIVATIONS.items():
+        h = torch.full((rows, width), torch.nan, dtype=dtype, device=device)
+        ops.moe_gate_up_act(h, y1, x, [a], [b], table, plan, [width] * 2, [0, width], 1, 1, number)
+        exact = ref.activate(act, [y1[:, :width].double().cpu(), y1[:, width:].double().cpu()])
+        # near zero an fp32 erf or tanh has an absolute error of a few ulps of 1, times the gate
+        off = (h.double().cpu() - exact).abs()
+        allowed = ref.UNIT[dtype] * exact.abs() + 4e-7 * gate.double().abs() + ref.tiny(dtype)
+        assert (off <= 2 * allowed).all(), f"{act}: {h[0].tolist()}, want {exact[0].tolist()}"
+
+
+# -------------------------------------------------------------------------------------------- down_reduce
+
+WEIGHTED = pytest.mark.parametrize("y2_weighted", [False, True], ids=["plain_y2", "weighted_y2"])
+
+
+@WEIGHTED
+@ORDER
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33, 100])
+def test_reduce_sums_every_tokens_pairs(device, dtype, path, tokens, row_map, y2_weighted):
+    case = make_moe_case(device, dtype, tokens=tokens, row_map=row_map, seed=tokens)
+    run_reduce(case, make_moe_half(case, down=True, weighted=y2_weighted), y2_weighted)
+
+
+@pytest.mark.trap(15)
+@WEIGHTED
+@ORDER
+def test_reduce_ignores_pairs_of_other_ranks(device, dtype, path, row_map, y2_weighted):
+    """y2 of a missing pair is noise and its weight NaN; a token without any pair gets zero."""
+    case = make_moe_case(device, dtype, tokens=40, expert_map=True, no_expert=0.6, top_k=2, row_map=row_map)
+    run_reduce(case, make_moe_half(case, down=True, weighted=y2_weighted, layout="packed"), y2_weighted)
+
+
+@WEIGHTED
+@ORDER
+def test_reduce_on_aligned_shapes(device, dtype, path, row_map, y2_weighted):
+    case = make_moe_case(device, dtype, tokens=50, row_map=row_map, block=16)
+    run_reduce(case, make_moe_half(case, down=True, weighted=y2_weighted, k=96, width=256, aligned=True), y2_weighted)
+
+
+def test_reduce_of_pairs_missing_from_the_row_map(device, dtype, path):
+    """A pair with a valid expert but no position (dropped by the engine) contributes nothing."""
+    case = make_moe_case(device, dtype, tokens=12, row_map=True, no_expert=0.0)
+    dropped = case.row_map.clone()
+    dropped[::5] = -1
+    case.row_map = dropped
+    case.rows = ref.moe_rows(case.topk_ids, case.token_slots, case.slots, case.experts, None, dropped)
+    ops.moe_plan(case.plan, case.topk_ids, case.token_slots, case.slots, case.experts, None, dropped)
+    run_reduce(case, make_moe_half(case, down=True, weighted=False), y2_weighted=False)
+
+
+@pytest.mark.trap(12)
+@ORDER
+@pytest.mark.parametrize("y2_weighted", [False, True])
+def test_reduce_adds_in_ascending_order_of_a_tokens_experts(device, dtype, path, row_map, y2_weighted):
+    """2^15 - 2^15 + 2^-10 is 2^-10 from the left and 0 from the right, whatever order the positions stand in."""
+    values = torch.tensor([2.0**15, -(2.0**15), 2.0**-10]).to(dtype)  # 25 bits apart, within fp16
+    topk = torch.tensor([[2, 0, 1]] * 5, dtype=torch.int32, device=device)
+    positions = torch.tensor([p for t in range(5) for p in (3 * t + 2, 3 * t, -1, 3 * t + 1)], dtype=torch.int32)
+    row_map = positions.to(device) if row_map else None
+    y2 = values.repeat(5)[:, None].repeat(1, 40)
+    if row_map is not None:
+        y2 = torch.where(positions[:, None] >= 0, y2[positions.clamp(min=0).long()], torch.nan)
+    rows = y2.shape[0]
+    plan = ref.new_plan(rows, 3, 15 if row_map is not None else 0, device)
+    slots = torch.full((5,), -1, dtype=torch.int32, device=device)
+    ops.moe_plan(plan, topk, slots, 1, 3, None, row_map)
+    table = torch.zeros((3, 1, 8), dtype=torch.int32, device=device)
+    a, b = torch.zeros((8, 16), dtype=dtype, device=device), torch.zeros(64, dtype=dtype, device=device)
+    h, out = torch.zeros((rows, 16), dtype=dtype, device=device), torch.empty((5, 40), dtype=dtype, device=device)
+    weights = torch.ones((5, 3), device=device)
+    ops.moe_down_reduce(
+        out, y2.to(device), h, [a], [b], table, plan, weights, [40], [0], 1, row_map=row_map, y2_weighted=y2_weighted
+    )
+    ref.assert_same_bits("sums", out, torch.full((5, 40), 2.0**-10, dtype=dtype))
+
+
+# -------------------------------------------------------------------------------------------- like real models
+
+
+@ORDER
+def test_nemotron_like_latent_relu2_with_22_of_many_experts(device, path, row_map):
+    case = make_moe_case(device, torch.bfloat16, tokens=11, top_k=22, slots=2, experts=48, row_map=row_map, block=8)
+    run_act(case, make_moe_half(case, down=False, k=256, width=168, gated=False, aligned=True, ranks=(4, 8)), "relu2")
+    half = make_moe_half(case, down=True, k=168, width=256, aligned=True, ranks=(4, 8), weighted=False)
+    run_reduce(case, half, y2_weighted=False)
+
+
+@ORDER
+def test_qwen_like_gated_with_8_of_64_experts(device, path, row_map):
+    case = make_moe_case(device, torch.bfloat16, tokens=24, top_k=8, slots=3, experts=64, row_map=row_map, block=16)
+    run_act(case, make_moe_half(case, down=False, k=512, width=128, aligned=True, ranks=(8, 16)), "silu")
+    half = make_moe_half(case, down=True, k=128, width=512, aligned=True, ranks=(8, 16), weighted=False)
+    run_reduce(case, half, y2_weighted=False)
+
+
+@ORDER
+def test_gpt_oss_like_interleaved_swiglu(device, path, row_map):
+    case = make_moe_case(device, torch.bfloat16, tokens=16, top_k=4, slots=3, experts=32, row_map=row_map)
+    run_act(case, make_moe_half(case, down=False, k=320, width=160, interleaved=True, aligned=True), "swiglu_oai")
+
+
+@pytest.mark.trap(27)
+def test_the_checks_refuse_a_bypassed_moe_lora(device, dtype):
+    case = make_moe_case(device, dtype, tokens=30)
+    half = make_moe_half(case, down=False)
+    assert_lora_matters(half.parts)
+    with pytest.raises(AssertionError, match="above the bound"):
+        check_parts(half.parts, half.y.view)
+    parts = expected_act(case, half, "silu", 1.702, 7.0)
+    whole = half.y.before[half.y.inside]
+    h = ref.activate("silu", [whole[:, half.cols[0] : half.cols[0] + 33], whole[:, half.cols[1] : half.cols[1] + 33]])
+    with pytest.raises(AssertionError, match="above the bound"):
+        check_parts(parts, h)
