@@ -66,8 +66,7 @@ def plan_layout(rows: int, groups: int, pairs: int = 0) -> dict[str, int]:
         ("order", rows),
         ("run_group", runs),
         ("run_start", runs + 1),
-        ("tile_run", tiles),
-        ("tile_pos", tiles),
+        ("tile", 4 * tiles),
         ("pair_pos", pairs),
         ("workspace", groups if rows > SORT_ROWS else 0),
     ]
@@ -180,8 +179,12 @@ def check_plan(
     assert_same_list("order", section("order", len(order)), order)
     assert_same_list("run_group", section("run_group", len(runs)), [run[0] for run in runs])
     assert_same_list("run_start", section("run_start", len(runs) + 1), [run[1] for run in runs] + [len(order)])
-    got_tiles = list(zip(section("tile_pos", len(tiles)), section("tile_run", len(tiles)), strict=False))
-    assert_same_list("tiles (sorted)", sorted(got_tiles), sorted(tiles))
+    tile_words = section("tile", 4 * len(tiles))
+    got_tiles = [tuple(tile_words[at : at + 4]) for at in range(0, len(tile_words), 4)]
+    want_tiles = [
+        (runs[run][0], pos, min(TILE_ROWS, runs[run][1] + runs[run][2] - pos), run) for pos, run in tiles
+    ]
+    assert_same_list("tiles (group, pos, rows, run), sorted", sorted(got_tiles), sorted(want_tiles))
     if pair_pos is not None:
         assert_same_list("pair_pos", section("pair_pos", pairs), pair_pos)
 

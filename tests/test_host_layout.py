@@ -37,8 +37,7 @@ def test_plan_sections_do_not_overlap(rows: int, groups: int, pairs: int):
         "order": rows,
         "run_group": runs,
         "run_start": runs + 1,
-        "tile_run": tiles,
-        "tile_pos": tiles,
+        "tile": 4 * tiles,
         "pair_pos": pairs,
         "workspace": groups if rows > _host.PLAN_SORT_ROWS else 0,
     }

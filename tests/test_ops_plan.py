@@ -101,7 +101,7 @@ def test_capacity_holds_every_tile():
     for rows in range(1, 200):
         for groups in range(1, 40):
             layout = ref.plan_layout(rows, groups)
-            capacity = layout["tile_pos"] - layout["tile_run"]
+            capacity = (layout["pair_pos"] - layout["tile"]) // 4
             ones = min(rows, groups)  # every group one row, one of them all that is left
             tiles = ones - 1 + -(-(rows - ones + 1) // 16)
             assert tiles <= capacity, (rows, groups)

@@ -20,8 +20,7 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
   int32_t* order = plan + at.order;
   int32_t* run_group = plan + at.run_group;
   int32_t* run_start = plan + at.run_start;
-  int32_t* tile_run = plan + at.tile_run;
-  int32_t* tile_pos = plan + at.tile_pos;
+  Tile* tile = reinterpret_cast<Tile*>(plan + at.tile);
 
   std::vector<int32_t> next(static_cast<size_t>(groups), 0);  // rows of a group, then its next position in `order`
   for (int64_t row = 0; row < rows; ++row) {
@@ -36,9 +35,7 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
     run_group[runs] = static_cast<int32_t>(group);
     run_start[runs] = active;
     for (int32_t done = 0; done < count; done += kTileRows) {
-      tile_run[tiles] = runs;
-      tile_pos[tiles] = active + done;
-      ++tiles;
+      tile[tiles++] = {static_cast<int32_t>(group), active + done, std::min(kTileRows, count - done), runs};
     }
     max_run = std::max(max_run, count);
     active += count;

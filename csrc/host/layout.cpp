@@ -33,8 +33,7 @@ py::dict layout_dict(int64_t rows, int64_t groups, int64_t pairs) {
   d["order"] = at.order;
   d["run_group"] = at.run_group;
   d["run_start"] = at.run_start;
-  d["tile_run"] = at.tile_run;
-  d["tile_pos"] = at.tile_pos;
+  d["tile"] = at.tile;
   d["pair_pos"] = at.pair_pos;
   d["workspace"] = at.workspace;
   d["words"] = at.words;

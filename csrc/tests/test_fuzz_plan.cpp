@@ -23,7 +23,7 @@ struct Expected {
 
 void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t rows, int64_t pairs, int seed) {
   const PlanView view = plan_view(plan.data(), rows, want.groups, pairs);
-  std::vector<int32_t> order, run_group, run_start, tile_run, tile_pos;
+  std::vector<int32_t> order, run_group, run_start, tiles;
   int32_t longest = 0;
   for (int32_t group = 0; group < want.groups; ++group) {
     const int32_t start = static_cast<int32_t>(order.size());
@@ -34,8 +34,9 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
     if (count == 0) continue;
     longest = std::max(longest, count);
     for (int32_t tile = 0; tile * kTileRows < count; ++tile) {
-      tile_run.push_back(static_cast<int32_t>(run_group.size()));
-      tile_pos.push_back(start + tile * kTileRows);
+      const int32_t rows_left = count - tile * kTileRows;
+      tiles.insert(tiles.end(), {group, start + tile * kTileRows, std::min(kTileRows, rows_left),
+                                 static_cast<int32_t>(run_group.size())});
     }
     run_group.push_back(group);
     run_start.push_back(start);
@@ -47,7 +48,7 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
                                             static_cast<int32_t>(want.groups),
                                             static_cast<int32_t>(order.size()),
                                             static_cast<int32_t>(run_group.size()),
-                                            static_cast<int32_t>(tile_run.size()),
+                                            static_cast<int32_t>(tiles.size() / kTileWords),
                                             want.invalid,
                                             longest,
                                             static_cast<int32_t>(pairs)};
@@ -62,8 +63,7 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
   CHECK(same(view.order, order), "seed %d", seed);
   CHECK(same(view.run_group, run_group), "seed %d", seed);
   CHECK(same(view.run_start, run_start), "seed %d", seed);
-  CHECK(same(view.tile_run, tile_run), "seed %d", seed);
-  CHECK(same(view.tile_pos, tile_pos), "seed %d", seed);
+  CHECK(same(reinterpret_cast<const int32_t*>(view.tile), tiles), "seed %d", seed);
   CHECK(pairs == 0 || same(view.pair_pos, want.pair_pos), "seed %d", seed);
   CHECK(plan.back() == kJunk, "seed %d: written behind the plan", seed);
 }

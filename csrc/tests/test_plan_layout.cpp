@@ -16,8 +16,8 @@ void check_sections(int64_t rows, int64_t groups, int64_t pairs) {
   const int64_t tiles = plan_max_tiles(rows, groups);
   const std::vector<std::pair<int64_t, int64_t>> sections = {
       {0, kPlanHeaderWords}, {at.row_group, rows},     {at.order, rows},
-      {at.run_group, runs},  {at.run_start, runs + 1}, {at.tile_run, tiles},
-      {at.tile_pos, tiles},  {at.pair_pos, pairs},     {at.workspace, rows > kPlanSortRows ? groups : 0}};
+      {at.run_group, runs},  {at.run_start, runs + 1}, {at.tile, tiles * kTileWords},
+      {at.pair_pos, pairs},  {at.workspace, rows > kPlanSortRows ? groups : 0}};
   for (size_t i = 0; i < sections.size(); ++i) {
     const int64_t end = i + 1 < sections.size() ? sections[i + 1].first : at.words;
     CHECK(sections[i].first % 4 == 0, "section %zu at word %lld", i, static_cast<long long>(sections[i].first));
@@ -72,18 +72,6 @@ void check_capacities(int64_t max_rows, int64_t groups) {
   }
 }
 
-void check_tile_rows() {
-  for (int32_t run = 0; run <= 100; ++run) {
-    int32_t covered = 0;
-    for (int32_t pos = 0; pos < run; pos += kTileRows) {
-      const int32_t rows = tile_rows(7 + pos, 7 + run);
-      CHECK(rows >= 1 && rows <= kTileRows, "run %d tile at %d: %d rows", run, pos, rows);
-      covered += rows;
-    }
-    CHECK(covered == run, "tiles of a run of %d hold %d", run, covered);
-  }
-}
-
 void check_view() {
   const int64_t rows = 37, groups = 5, pairs = 40;
   std::vector<int32_t> plan(static_cast<size_t>(plan_layout(rows, groups, pairs).words));
@@ -91,7 +79,7 @@ void check_view() {
   const PlanView view = plan_view(plan.data(), rows, groups, pairs);
   CHECK(view.row_group == plan.data() + at.row_group && view.order == plan.data() + at.order, "row sections");
   CHECK(view.run_group == plan.data() + at.run_group && view.run_start == plan.data() + at.run_start, "run sections");
-  CHECK(view.tile_run == plan.data() + at.tile_run && view.tile_pos == plan.data() + at.tile_pos, "tile sections");
+  CHECK(static_cast<const void*>(view.tile) == plan.data() + at.tile, "tile section");
   CHECK(view.pair_pos == plan.data() + at.pair_pos && view.max_tiles == plan_max_tiles(rows, groups), "pairs, tiles");
   CHECK(plan_view(plan.data(), rows, groups, 0).pair_pos == nullptr, "no pairs");
 }
@@ -110,7 +98,6 @@ int main() {
     for (int64_t groups : {int64_t{1}, int64_t{257}, int64_t{1} << 20}) check_sections(rows, groups, rows);
   }
   for (int64_t groups = 0; groups <= 12; ++groups) check_capacities(100, groups);
-  check_tile_rows();
   check_view();
   return testing::report();
 }

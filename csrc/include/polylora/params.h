@@ -39,8 +39,7 @@ struct PlanView {
   const int32_t* order;      // [active rows]
   const int32_t* run_group;  // [runs]
   const int32_t* run_start;  // [runs + 1]
-  const int32_t* tile_run;   // [tiles]
-  const int32_t* tile_pos;   // [tiles]
+  const Tile* tile;          // [tiles]
   const int32_t* pair_pos;   // [pairs], null without a row map
   int64_t max_tiles;         // capacity, for the size of a grid
   int32_t rows;              // what the caller's tensors ask of the plan; a plan made for anything else has no
@@ -55,8 +54,7 @@ inline PlanView plan_view(const int32_t* plan, int64_t rows, int64_t groups, int
                   plan + at.order,
                   plan + at.run_group,
                   plan + at.run_start,
-                  plan + at.tile_run,
-                  plan + at.tile_pos,
+                  reinterpret_cast<const Tile*>(plan + at.tile),
                   pairs > 0 ? plan + at.pair_pos : nullptr,
                   plan_max_tiles(rows, groups),
                   static_cast<int32_t>(rows),

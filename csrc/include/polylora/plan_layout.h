@@ -52,14 +52,22 @@ POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups) {
   return min64(rows, full_and_partial);
 }
 
+/// Up to kTileRows rows of one run: all a block must know, in one 16-byte load.
+struct Tile {
+  int32_t group;
+  int32_t pos;   // first position in `order`
+  int32_t rows;  // 1..kTileRows
+  int32_t run;
+};
+inline constexpr int64_t kTileWords = sizeof(Tile) / sizeof(int32_t);
+
 /// Offsets (int32 words) of the sections of a plan.
 struct PlanLayout {
   int64_t row_group;  // [rows]       group of each row, kNoAdapter or kNoRow
   int64_t order;      // [rows]       the active rows, stably sorted by group; the rest is unspecified
   int64_t run_group;  // [max_runs]   group of each run, ascending
   int64_t run_start;  // [max_runs+1] first position of each run in `order`; one past the last run: active rows
-  int64_t tile_run;   // [max_tiles]  run a tile belongs to
-  int64_t tile_pos;   // [max_tiles]  first position of a tile in `order`
+  int64_t tile;       // [max_tiles]  of struct Tile
   int64_t pair_pos;   // [pairs]      MoE with a row map: position of a pair in the map, or -1
   int64_t workspace;  // [groups]     above kPlanSortRows rows only
   int64_t words;      // total
@@ -76,21 +84,14 @@ POLYLORA_HD constexpr PlanLayout plan_layout(int64_t rows, int64_t groups, int64
   at += round_up4(plan_max_runs(rows, groups));
   layout.run_start = at;
   at += round_up4(plan_max_runs(rows, groups) + 1);
-  layout.tile_run = at;
-  at += round_up4(plan_max_tiles(rows, groups));
-  layout.tile_pos = at;
-  at += round_up4(plan_max_tiles(rows, groups));
+  layout.tile = at;
+  at += plan_max_tiles(rows, groups) * kTileWords;
   layout.pair_pos = at;
   at += round_up4(pairs);
   layout.workspace = at;
   at += rows > kPlanSortRows ? round_up4(groups) : 0;
   layout.words = at;
   return layout;
-}
-
-/// Rows of tile `tile`, whose run ends at position `run_end` in `order`.
-POLYLORA_HD constexpr int32_t tile_rows(int32_t tile_pos, int32_t run_end) {
-  return run_end - tile_pos < kTileRows ? run_end - tile_pos : kTileRows;
 }
 
 /// Group of a (slot, expert) pair.

@@ -14,13 +14,11 @@ constexpr int kRankChunk = 64;  // ranks of v in shared memory at a time
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant__ LoraParams p) {
-  const int tile = blockIdx.x;
-  if (tile >= live_tiles(p.plan)) return;
+  if (static_cast<int>(blockIdx.x) >= live_tiles(p.plan)) return;
+  const Tile tile = p.plan.tile[blockIdx.x];
   const int slice = blockIdx.z;
-  const int run = p.plan.tile_run[tile];
-  const int pos = p.plan.tile_pos[tile];
-  const int rows = tile_rows(pos, p.plan.run_start[run + 1]);
-  const SliceEntry entry = entry_of(p.slices, p.plan.run_group[run], slice);
+  const int rows = tile.rows;
+  const SliceEntry entry = entry_of(p.slices, tile.group, slice);
   const int64_t n = int64_t{blockIdx.y} * kThreads + threadIdx.x;
   const bool has_output = n < p.slices.width[slice];
   if (entry.rank <= 0 || int64_t{blockIdx.y} * kThreads >= p.slices.width[slice]) return;
@@ -29,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant
   __shared__ float scale_of[kTileRows];
   __shared__ float v[kTileRows][kRankChunk];
   if (threadIdx.x < rows) {
-    row_of[threadIdx.x] = p.plan.order[pos + threadIdx.x];
+    row_of[threadIdx.x] = p.plan.order[tile.pos + threadIdx.x];
     scale_of[threadIdx.x] = v_scale(p, entry, row_of[threadIdx.x]);
   }
 

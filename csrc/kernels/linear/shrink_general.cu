@@ -15,20 +15,17 @@ constexpr int kRankBlocks = 4;  // blocks that share the ranks of a slice: a dec
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32) shrink_general(const __grid_constant__ LoraParams p) {
-  const int tile = blockIdx.x;
-  if (tile >= live_tiles(p.plan)) return;
+  if (static_cast<int>(blockIdx.x) >= live_tiles(p.plan)) return;
+  const Tile tile = p.plan.tile[blockIdx.x];
   const int slice = blockIdx.y;
-  const int run = p.plan.tile_run[tile];
-  const int pos = p.plan.tile_pos[tile];
-  const int rows = tile_rows(pos, p.plan.run_start[run + 1]);
-  const int64_t group = p.plan.run_group[run];
-  const SliceEntry entry = entry_of(p.slices, group, slice);
-  if (entry.rank <= 0 || !computes_v(p.slices, group, slice)) return;
+  const int rows = tile.rows;
+  const SliceEntry entry = entry_of(p.slices, tile.group, slice);
+  if (entry.rank <= 0 || !computes_v(p.slices, tile.group, slice)) return;
 
   __shared__ const T* x_row[kTileRows];
   __shared__ float* v_row[kTileRows];
   if (threadIdx.x < rows) {
-    const int64_t row = p.plan.order[pos + threadIdx.x];
+    const int64_t row = p.plan.order[tile.pos + threadIdx.x];
     x_row[threadIdx.x] = static_cast<const T*>(p.x) + x_row_of(p, row) * p.x_stride;
     v_row[threadIdx.x] = p.v + row * p.v_stride + entry.v_col;
   }

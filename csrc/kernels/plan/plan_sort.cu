@@ -29,7 +29,9 @@ struct RunScanOp {
 
 // Sections of a plan, written.
 struct PlanSections {
-  int32_t *header, *row_group, *order, *run_group, *run_start, *tile_run, *tile_pos, *pair_pos, *workspace;
+  int32_t *header, *row_group, *order, *run_group, *run_start;
+  Tile* tile;
+  int32_t *pair_pos, *workspace;
 };
 
 PlanSections sections(int32_t* plan, int64_t rows, int64_t groups, int64_t pairs) {
@@ -39,8 +41,7 @@ PlanSections sections(int32_t* plan, int64_t rows, int64_t groups, int64_t pairs
           plan + at.order,
           plan + at.run_group,
           plan + at.run_start,
-          plan + at.tile_run,
-          plan + at.tile_pos,
+          reinterpret_cast<Tile*>(plan + at.tile),
           pairs > 0 ? plan + at.pair_pos : nullptr,
           plan + at.workspace};
 }
@@ -178,8 +179,7 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
       task.out.run_start[run_index] = first + i;
     }
     if (flag[i]) {
-      task.out.tile_run[tile[i] - 1] = run_index;
-      task.out.tile_pos[tile[i] - 1] = first + i;
+      task.out.tile[tile[i] - 1] = {static_cast<int32_t>(key[i]), first + i, 0, run_index};
     }
   }
   const int32_t runs = last_run >> 16;
@@ -189,6 +189,12 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
   if (threadIdx.x == 0) {
     task.out.run_start[runs] = active;
     write_header(task, active, runs, tiles, invalid, longest);
+  }
+  // where a tile's run ends is known now
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < tiles; i += kThreads) {
+    Tile& t = task.out.tile[i];
+    t.rows = min(kTileRows, task.out.run_start[t.run + 1] - t.pos);
   }
 }
 
@@ -248,8 +254,9 @@ __global__ void __launch_bounds__(kThreads) plan_many_chunks(const __grid_consta
     // a warp writes the tiles of a group: one group may hold nearly all rows
     for (int i = threadIdx.x / 32; i < kThreads; i += kThreads / 32) {
       for (int t = threadIdx.x % 32; t * kTileRows < count_of[i]; t += 32) {
-        task.out.tile_run[tile_of[i] + t] = run_of[i];
-        task.out.tile_pos[tile_of[i] + t] = start_of[i] + t * kTileRows;
+        const int32_t done = t * kTileRows;
+        task.out.tile[tile_of[i] + t] = {static_cast<int32_t>(base + i), start_of[i] + done,
+                                         min(kTileRows, count_of[i] - done), run_of[i]};
       }
     }
     runs += chunk_runs;
