@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_packages("python"),
     package_dir={"": "python"},
-    package_data={"polylora.fixtures": ["*.json", "*.md", "*/*.json", "*/*.safetensors", "*/adapters/*/*"]},
+    package_data={"polylora.fixtures": ["*.json", "*.md", "*.txt", "*/*.json", "*/*.safetensors", "*/adapters/*/*"]},
     ext_modules=[Extension("polylora._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
