@@ -12,7 +12,7 @@ from setuptools.build_meta import get_requires_for_build_editable as _editable
 from setuptools.build_meta import get_requires_for_build_wheel as _wheel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from find_torch import find_torch  # noqa: E402
+from find_torch import find_torch
 
 
 def _torch() -> list[str]:
