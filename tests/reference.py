@@ -181,9 +181,7 @@ def check_plan(
     assert_same_list("run_start", section("run_start", len(runs) + 1), [run[1] for run in runs] + [len(order)])
     tile_words = section("tile", 4 * len(tiles))
     got_tiles = [tuple(tile_words[at : at + 4]) for at in range(0, len(tile_words), 4)]
-    want_tiles = [
-        (runs[run][0], pos, min(TILE_ROWS, runs[run][1] + runs[run][2] - pos), run) for pos, run in tiles
-    ]
+    want_tiles = [(runs[run][0], pos, min(TILE_ROWS, runs[run][1] + runs[run][2] - pos), run) for pos, run in tiles]
     assert_same_list("tiles (group, pos, rows, run), sorted", sorted(got_tiles), sorted(want_tiles))
     if pair_pos is not None:
         assert_same_list("pair_pos", section("pair_pos", pairs), pair_pos)

@@ -15,9 +15,10 @@ void check_sections(int64_t rows, int64_t groups, int64_t pairs) {
   const int64_t runs = plan_max_runs(rows, groups);
   const int64_t tiles = plan_max_tiles(rows, groups);
   const std::vector<std::pair<int64_t, int64_t>> sections = {
-      {0, kPlanHeaderWords}, {at.row_group, rows},     {at.order, rows},
-      {at.run_group, runs},  {at.run_start, runs + 1}, {at.tile, tiles * kTileWords},
-      {at.pair_pos, pairs},  {at.workspace, rows > kPlanSortRows ? groups : 0}};
+      {0, kPlanHeaderWords},    {at.row_group, rows},
+      {at.order, rows},         {at.run_group, runs},
+      {at.run_start, runs + 1}, {at.tile, tiles * kTileWords},
+      {at.pair_pos, pairs},     {at.workspace, rows > kPlanSortRows ? groups : 0}};
   for (size_t i = 0; i < sections.size(); ++i) {
     const int64_t end = i + 1 < sections.size() ? sections[i + 1].first : at.words;
     CHECK(sections[i].first % 4 == 0, "section %zu at word %lld", i, static_cast<long long>(sections[i].first));
