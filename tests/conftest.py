@@ -8,7 +8,7 @@ import pytest
 
 # Kernel variants that the environment variable POLYLORA_PATH forces, by device; None: whatever the op picks.
 # A run with POLYLORA_PATH set in its environment tests that variant alone.
-PATHS: dict[str, list[str | None]] = {"cpu": [None], "cuda": [None]}
+PATHS: dict[str, list[str | None]] = {"cpu": [None], "cuda": [None, "general"]}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import reference as ref
 import torch
-from cases import make_dense_case, ops, plan_rows
-from test_ops_bad_input import MATRICES, OUTPUT, valid_calls
+from cases import (
+    embedding_args,
+    make_dense_case,
+    make_embedding_case,
+    make_moe_case,
+    make_moe_half,
+    ops,
+    plan_rows,
+)
+from test_ops_bad_input import DTYPE, MATRICES, OUTPUT, valid_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -25,6 +33,42 @@ def test_opcheck(device, op):
     call = {name: cleaned(value) for name, value in valid_calls(device)[op].items()}
     # the tail of an order, and sections above the counts, are unspecified: a plan made twice into one buffer agrees
     torch.library.opcheck(getattr(ops, op).default, (), call)
+
+
+def variants(device: str) -> dict[str, tuple[str, dict]]:
+    """Calls with every optional argument, other id types, one tensor a slice, wide and interleaved outputs."""
+    dense = make_dense_case(device, DTYPE, rows=8, widths=(40, 24), layout="per_slice", ids_dtype=torch.int64)
+    token_major = make_embedding_case(device, DTYPE, rows=8, token_major=True, token_dtype=torch.int32)
+    moe = make_moe_case(device, DTYPE, row_map=True, expert_map=True, ids_dtype=torch.int64)
+    up = make_moe_half(moe, down=False, width=24, interleaved=True)
+    down = make_moe_half(moe, down=True, width=24)
+    h = torch.zeros((moe.positions, 24), dtype=DTYPE, device=device)
+    gate = dict(x=up.x, **up.args(), plan=moe.plan, top_k=moe.top_k, col_stride=2, row_map=moe.row_map)
+    reduce = dict(h=down.x, **down.args(), plan=moe.plan, topk_weights=moe.topk_weights, row_map=moe.row_map)
+    plan = {"plan": moe.plan, "topk_ids": moe.topk_ids, "token_slots": moe.token_slots, "num_slots": moe.slots}
+    maps = {"num_experts": moe.experts, "expert_map": moe.expert_map, "row_map": moe.row_map}
+    return {
+        "plan of int64 ids": ("plan", {"plan": dense.plan, "group_ids": dense.group_ids, "num_groups": 5}),
+        "one tensor a slice": ("linear_", dense.linear_args()),
+        "token-major A": ("embedding_", embedding_args(token_major)),
+        "moe_plan with maps": ("moe_plan", plan | maps),
+        "gate_up, mapped, interleaved": ("moe_gate_up_", dict(y=up.y.view, **gate)),
+        "gate_up_act, mapped, interleaved": ("moe_gate_up_act", dict(h=h, y1=up.y.view, act=4, **gate)),
+        "down, mapped": ("moe_down_", dict(y=down.y.view, **reduce)),
+        "down_reduce, mapped, weighted y2": (
+            "moe_down_reduce",
+            dict(out=h[: moe.tokens], y2=down.y.view, y2_weighted=True, **reduce),
+        ),
+    }
+
+
+VARIANTS = list(variants("cpu"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_opcheck_of_optional_arguments(device, variant):
+    op, call = variants(device)[variant]
+    torch.library.opcheck(getattr(ops, op).default, (), {name: cleaned(value) for name, value in call.items()})
 
 
 @pytest.mark.parametrize("op", OUTPUT)

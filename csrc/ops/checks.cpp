@@ -124,6 +124,14 @@ DType Checker::compute_dtype(const char* arg, const Tensor& t) const {
   }
 }
 
+void Checker::aligned(const char* arg, const Tensor& t, int64_t bytes) const {
+  const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
+  if (address % bytes != 0) {
+    fail(arg, "aligned to " + std::to_string(bytes) + " bytes",
+         "a view that starts " + std::to_string(address % bytes) + " bytes behind");
+  }
+}
+
 void Checker::range(const char* arg, int64_t value, int64_t lo, int64_t hi) const {
   if (value < lo || value > hi) {
     fail(arg, "in [" + std::to_string(lo) + ", " + std::to_string(hi) + "]", std::to_string(value));

@@ -36,6 +36,9 @@ class Checker {
   /// dtype of x, y, A, B: bfloat16, float16 or float32.
   DType compute_dtype(const char* arg, const Tensor& t) const;
 
+  /// The data starts on `bytes` bytes: kernels read it in pieces of that size.
+  void aligned(const char* arg, const Tensor& t, int64_t bytes) const;
+
   /// lo <= value <= hi.
   void range(const char* arg, int64_t value, int64_t lo, int64_t hi) const;
 

@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "backend.h"
@@ -15,6 +17,9 @@ using TensorList = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+// Outputs of a slice: grids count them in blocks of 256 in their y dimension, which ends at 65535.
+constexpr int64_t kMaxWidth = 1 << 23;
 
 const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
 
@@ -41,6 +46,7 @@ void check_list(const Checker& check, const char* arg, const TensorList& list, i
 // Fills everything but the pointers' use: `k` is the input width that A must have (kAny: embedding).
 SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, ScalarType dtype) {
   check.contiguous("table", args.table, {kAny, kAny, sizeof(SliceEntry) / sizeof(int32_t)}, ScalarType::Int);
+  check.aligned("table", args.table, alignof(SliceEntry));
   const int64_t groups = args.table.size(0);
   const int64_t count = args.table.size(1);
   if (count < 1 || count > kMaxSlices) {
@@ -52,6 +58,8 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, Scala
   set.groups = static_cast<int32_t>(groups);
   set.count = static_cast<int32_t>(count);
   set.col_stride = static_cast<int32_t>(args.col_stride);
+  std::fill(std::begin(set.a_rows), std::end(set.a_rows), -1);
+  std::fill(std::begin(set.b_elements), std::end(set.b_elements), -1);
   if (args.a) {
     check_list(check, "a", *args.a, count);
     for (const Tensor& t : *args.a) check.matrix("a", t, kAny, k, dtype);
@@ -59,12 +67,16 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, Scala
       const Tensor& t = of_slice(*args.a, s);
       set.a[s] = t.data_ptr();
       set.a_stride[s] = Checker::pitch(t);
+      set.a_rows[s] = t.size(0);
     }
   }
   if (args.b) {
     check_list(check, "b", *args.b, count);
     for (const Tensor& t : *args.b) check.contiguous("b", t, {kAny}, dtype);
-    for (int64_t s = 0; s < count; ++s) set.b[s] = of_slice(*args.b, s).data_ptr();
+    for (int64_t s = 0; s < count; ++s) {
+      set.b[s] = of_slice(*args.b, s).data_ptr();
+      set.b_elements[s] = of_slice(*args.b, s).numel();
+    }
   }
   if (args.widths) {
     if (static_cast<int64_t>(args.widths->size()) != count) {
@@ -76,7 +88,7 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, Scala
                  std::to_string(args.cols->size()));
     }
     for (int64_t s = 0; s < count; ++s) {
-      check.range("widths", (*args.widths)[s], 0, kMaxInt32);
+      check.range("widths", (*args.widths)[s], 0, kMaxWidth);
       set.width[s] = static_cast<int32_t>((*args.widths)[s]);
       set.col[s] = (*args.cols)[s];
     }
@@ -84,15 +96,27 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, Scala
   return set;
 }
 
-// Every slice must lie inside a row of `y`.
+// Every slice must lie inside a row of `y`, and no two may share a column: different threads add to them.
 void check_columns(const Checker& check, const char* arg, const Tensor& y, const SliceSet& set) {
+  const auto place = [&](int32_t s) {
+    return "slice " + std::to_string(s) + " from column " + std::to_string(set.col[s]);
+  };
   for (int32_t s = 0; s < set.count; ++s) {
     if (set.width[s] == 0) continue;
-    const int64_t last = set.col[s] + static_cast<int64_t>(set.width[s] - 1) * set.col_stride;
-    if (set.col[s] < 0 || last >= y.size(1)) {
-      check.fail(
-          "cols", std::string("columns inside ") + arg + ", which is " + describe(y),
-          "slice " + std::to_string(s) + " in columns " + std::to_string(set.col[s]) + " to " + std::to_string(last));
+    const int64_t columns = y.size(1);
+    const bool starts_inside = set.col[s] >= 0 && set.col[s] < columns;
+    if (!starts_inside || set.width[s] - 1 > (columns - 1 - set.col[s]) / set.col_stride) {
+      check.fail("cols", std::string("columns inside ") + arg + ", which is " + describe(y),
+                 place(s) + ", " + std::to_string(set.width[s]) + " outputs");
+    }
+  }
+  const auto end = [&](int32_t s) { return set.col[s] + int64_t{set.width[s] - 1} * set.col_stride; };
+  for (int32_t s = 1; s < set.count; ++s) {
+    for (int32_t other = 0; other < s; ++other) {
+      if (set.width[s] == 0 || set.width[other] == 0) continue;
+      const bool interleaved = (set.col[s] - set.col[other]) % set.col_stride != 0;
+      if (interleaved || set.col[s] > end(other) || set.col[other] > end(s)) continue;
+      check.fail("cols", "apart from each other", place(other) + " overlapping " + place(s));
     }
   }
 }
@@ -106,6 +130,7 @@ PlanView checked_plan(const Checker& check, const Tensor& plan, int64_t rows, in
                describe(plan));
   }
   check.contiguous("plan", plan, {words}, ScalarType::Int);
+  check.aligned("plan", plan, alignof(Tile));
   return plan_view(int32_data(plan), rows, groups, pairs);
 }
 
@@ -121,6 +146,34 @@ PlanView filled_plan(const Checker& check, const Tensor& plan, int64_t rows, int
                "one filled for " + text(view.header[kPlanRows], view.header[kPlanGroups], view.header[kPlanPairs]));
   }
   return view;
+}
+
+// On the CPU what the kernels must take as it comes can be looked at: entries of the groups in use, and the row map.
+void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1) {
+  if (!like.is_cpu()) return;
+  for (int32_t run = 0; run < p.plan.header[kPlanRuns]; ++run) {
+    const int64_t group = p.plan.run_group[run];
+    for (int32_t s = 0; s < p.slices.count; ++s) {
+      const SliceEntry& entry = p.slices.table[group * p.slices.count + s];
+      if (entry.rank == 0) continue;
+      if (!entry_fits(entry, a_rows_used < 0 ? entry.rank : a_rows_used, p.slices.a_rows[s], p.slices.width[s],
+                      p.slices.b_elements[s], p.v_width)) {
+        check.fail("table", "made for these tensors, widths and v_width (" + std::to_string(p.v_width) + ")",
+                   "an entry of group " + std::to_string(group) + ", slice " + std::to_string(s) +
+                       " outside them: a_row " + std::to_string(entry.a_row) + ", rank " + std::to_string(entry.rank) +
+                       ", v_col " + std::to_string(entry.v_col) + ", b_offset " + std::to_string(entry.b_offset) +
+                       ", b_stride " + std::to_string(entry.b_stride));
+      }
+    }
+  }
+  for (int64_t row = 0; p.row_map != nullptr && row < p.rows; ++row) {
+    const int64_t pair = p.row_map[row];
+    if (p.plan.row_group[row] != kNoRow && (pair < 0 || pair >= p.plan.pairs)) {
+      check.fail("row_map", "the one the plan was made with",
+                 "pair " + std::to_string(pair) + " of " + std::to_string(p.plan.pairs) + " in position " +
+                     std::to_string(row));
+    }
+  }
 }
 
 // The intermediate of an op that allocates it itself.
@@ -220,6 +273,7 @@ void shrink(Tensor v, Tensor x, TensorList a, Tensor table, Tensor plan) {
   p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.scalar_type());
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   if (nothing_to_add(p)) return;
+  check_on_cpu(check, v, p);
   Backend(v).shrink(p);
 }
 
@@ -239,6 +293,7 @@ void expand_(Tensor y, Tensor v, TensorList b, Tensor table, Tensor plan, IntLis
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   if (nothing_to_add(p)) return;
+  check_on_cpu(check, y, p);
   Backend(y).expand(p);
 }
 
@@ -258,6 +313,7 @@ void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tenso
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   const Tensor v = scratch_v(check, p, y, v_width);
   if (nothing_to_add(p)) return;
+  check_on_cpu(check, y, p);
   Backend(y).linear(p);
 }
 
@@ -277,16 +333,22 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   // rank rows over the vocabulary, or token rows over the rank: the columns of A are checked accordingly
   p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, token_major ? kAny : vocab, y.scalar_type());
   for (const Tensor& t : a) {
+    if (token_major && vocab > t.size(0)) {
+      check.fail("vocab", "at most the " + std::to_string(t.size(0)) + " tokens of a", std::to_string(vocab));
+    }
     if (t.size(0) > 1 && Checker::pitch(t) != Checker::pitch(a[0])) {
       check.fail("a", "tensors of one row stride", describe(t));
     }
   }
   const int64_t pitch = Checker::pitch(a[0]);
+  p.token_major = token_major;
   p.token_stride = token_major ? pitch : 1;
   p.rank_stride = token_major ? 1 : pitch;
   check_columns(check, "y", y, p.lora.slices);
   p.lora.plan = filled_plan(check, plan, p.lora.rows, p.lora.slices.groups, 0);
+  p.lora.v_width = static_cast<int32_t>(kMaxInt32);
   if (nothing_to_add(p.lora)) return;
+  check_on_cpu(check, y, p.lora, token_major ? vocab : -1);
   Backend(y).embedding(p);
 }
 
@@ -354,6 +416,7 @@ void moe_gate_up_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, 
   LoraParams p = gate_up_params(check, "y", y, x, slices, plan, top_k, row_map);
   const Tensor v = scratch_v(check, p, y, v_width);
   if (nothing_to_add(p)) return;
+  check_on_cpu(check, y, p);
   Backend(y).linear(p);
 }
 
@@ -365,6 +428,7 @@ void moe_down_(Tensor y, Tensor h, TensorList a, TensorList b, Tensor table, Ten
   LoraParams p = down_params(check, "y", y, h, slices, plan, topk_weights, row_map);
   const Tensor v = scratch_v(check, p, y, v_width);
   if (nothing_to_add(p)) return;
+  check_on_cpu(check, y, p);
   Backend(y).linear(p);
 }
 
@@ -391,7 +455,10 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   const Tensor v = scratch_v(check, p.lora, h, v_width);
   if (p.lora.rows == 0 || set.width[0] == 0) return;
   const Backend backend(h);
-  if (set.groups > 0) backend.shrink(p.lora);
+  if (set.groups > 0) {
+    check_on_cpu(check, h, p.lora);
+    backend.shrink(p.lora);
+  }
   backend.gate_up_act(p);
 }
 
@@ -415,7 +482,10 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   const Tensor v = scratch_v(check, p.lora, out, v_width);
   if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
   const Backend backend(out);
-  if (p.lora.rows > 0 && p.lora.slices.groups > 0) backend.shrink(p.lora);
+  if (p.lora.rows > 0 && p.lora.slices.groups > 0) {
+    check_on_cpu(check, out, p.lora);
+    backend.shrink(p.lora);
+  }
   backend.down_reduce(p);
 }
 

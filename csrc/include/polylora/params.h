@@ -21,16 +21,30 @@ enum class Activation : int32_t {
 
 /// The slices of one fused module: its table, weights and outputs.
 struct SliceSet {
-  const SliceEntry* table;       // [groups, count]
-  int32_t groups;                //
-  int32_t count;                 // slices, 1..kMaxSlices
-  const void* a[kMaxSlices];     // [a_rows, k] each, row pitch a_stride; may all be the same arena
-  int64_t a_stride[kMaxSlices];  // elements
-  const void* b[kMaxSlices];     // elements; may all be the same arena
-  int32_t width[kMaxSlices];     // outputs of the slice
-  int64_t col[kMaxSlices];       // y column of its output 0
-  int32_t col_stride;            // output n stands in column col + n * col_stride (2: gate and up interleaved)
+  const SliceEntry* table;         // [groups, count]
+  int32_t groups;                  //
+  int32_t count;                   // slices, 1..kMaxSlices
+  const void* a[kMaxSlices];       // [a_rows, k] each, row pitch a_stride; may all be the same arena
+  int64_t a_stride[kMaxSlices];    // elements
+  int64_t a_rows[kMaxSlices];      // -1: the op has no A
+  const void* b[kMaxSlices];       // [b_elements] each; may all be the same arena
+  int64_t b_elements[kMaxSlices];  // -1: the op has no B
+  int32_t width[kMaxSlices];       // outputs of the slice
+  int64_t col[kMaxSlices];         // y column of its output 0
+  int32_t col_stride;              // output n stands in column col + n * col_stride (2: gate and up interleaved)
 };
+
+/// Whether an entry with a rank above 0 stays inside what the call was given: A, B and the columns of v. Tables are
+/// device memory that a caller may have filled by hand or for another call; an entry that fails counts as absent in the
+/// kernels and is refused on the CPU. `a_rows_used`: rank, or the vocabulary where A is [tokens, rank]. a_rows and
+/// b_elements are negative in an op without A or B; an op without v passes a v_width of INT32_MAX.
+POLYLORA_HD inline bool entry_fits(const SliceEntry& entry, int64_t a_rows_used, int64_t a_rows, int64_t width,
+                                   int64_t b_elements, int64_t v_width) {
+  if (entry.rank < 1 || entry.rank > kMaxRank || entry.a_row < 0 || entry.v_col < 0) return false;
+  if (entry.b_offset < 0 || entry.b_stride < 0 || entry.v_col + int64_t{entry.rank} > v_width) return false;
+  if (a_rows >= 0 && entry.a_row + a_rows_used > a_rows) return false;
+  return b_elements < 0 || width == 0 || (width - 1) * entry.b_stride + entry.rank <= b_elements - entry.b_offset;
+}
 
 /// A plan, read.
 struct PlanView {
@@ -119,6 +133,7 @@ struct EmbeddingParams {
   const void* token_ids;  // [rows] int32 or int64
   bool ids_are_int64;     //
   int64_t vocab;          //
+  bool token_major;       // A is [tokens, rank]
   int64_t token_stride;   // elements
   int64_t rank_stride;    // elements
 };

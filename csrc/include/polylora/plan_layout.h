@@ -53,12 +53,13 @@ POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups) {
 }
 
 /// Up to kTileRows rows of one run: all a block must know, in one 16-byte load.
-struct Tile {
+struct alignas(16) Tile {
   int32_t group;
   int32_t pos;   // first position in `order`
   int32_t rows;  // 1..kTileRows
   int32_t run;
 };
+static_assert(sizeof(Tile) == 16);
 inline constexpr int64_t kTileWords = sizeof(Tile) / sizeof(int32_t);
 
 /// Offsets (int32 words) of the sections of a plan.

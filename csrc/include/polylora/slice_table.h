@@ -20,7 +20,7 @@ inline constexpr int kMaxRank = 256;
 ///   B[n, j]  = b + b_offset + n * b_stride + j                n in [0, width)
 ///
 /// Two slices of a group with the same v_col share one A (same a_row, same rank): shrink computes it once.
-struct SliceEntry {
+struct alignas(16) SliceEntry {
   int32_t a_row;     // first row of A
   int32_t rank;      // true rank; 0 = this adapter does not touch this slice
   int32_t v_col;     // first column of this slice's part of v

@@ -10,7 +10,7 @@ namespace polylora::cuda {
 /// and after. Returns the slice's entry; rank 0 means nothing was loaded.
 __device__ __forceinline__ SliceEntry load_scaled_v(const LoraParams& p, int64_t group, int slice, int64_t row,
                                                     float (&smem_v)[kMaxRank]) {
-  const SliceEntry entry = entry_of(p.slices, group, slice);
+  const SliceEntry entry = entry_of(p, group, slice);
   __syncthreads();
   if (entry.rank > 0) {
     const float scale = v_scale(p, entry, row);

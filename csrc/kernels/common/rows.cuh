@@ -5,33 +5,54 @@
 
 namespace polylora::cuda {
 
-/// Tiles to work on: none of a plan that was made for other rows or groups.
-__device__ __forceinline__ int live_tiles(const PlanView& plan) {
-  return plan_fits(plan) ? plan.header[kPlanTiles] : 0;
+/// The header, in independent 16-byte loads. A plan made for other rows, groups or pairs counts as empty: its sections
+/// lie elsewhere, and its groups are another table's.
+struct PlanHead {
+  bool fits;
+  int tiles;
+};
+__device__ __forceinline__ PlanHead load_head(const PlanView& plan) {
+  static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2 && kPlanTiles == 5 && kPlanPairs == 8);
+  const int4* words = reinterpret_cast<const int4*>(plan.header);
+  const int4 a = words[0];
+  const int4 b = words[1];
+  const int4 c = words[2];
+  const bool fits = a.x == kPlanVersionValue && a.y == plan.rows && a.z == plan.groups && c.x == plan.pairs;
+  return {fits, fits ? b.y : 0};
 }
 
-/// Group of a row, kNoAdapter or kNoRow; kNoAdapter where the plan was made for other rows or groups.
+/// Group of a row, kNoAdapter or kNoRow.
 __device__ __forceinline__ int32_t group_of(const PlanView& plan, int64_t row) {
-  return plan_fits(plan) ? plan.row_group[row] : kNoAdapter;
+  const int32_t group = plan.row_group[row];
+  return load_head(plan).fits ? group : kNoAdapter;
 }
 
+/// A map that changed since the plan was made gives wrong values, but no wild access.
 __device__ __forceinline__ int64_t pair_of(const LoraParams& p, int64_t row) {
-  return p.row_map ? p.row_map[row] : row;
+  if (p.row_map == nullptr) return row;
+  const int32_t pair = p.row_map[row];
+  return static_cast<uint32_t>(pair) < static_cast<uint32_t>(p.plan.pairs) ? pair : 0;
 }
 
 __device__ __forceinline__ int64_t x_row_of(const LoraParams& p, int64_t row) {
   return p.x_div == 0 ? row : pair_of(p, row) / p.x_div;
 }
 
-__device__ __forceinline__ const SliceEntry& entry_of(const SliceSet& set, int64_t group, int slice) {
-  return set.table[group * set.count + slice];
+/// The entry of (group, slice); rank 0 where it is absent or leads outside what the call was given.
+__device__ __forceinline__ SliceEntry entry_of(const LoraParams& p, int64_t group, int slice) {
+  const SliceSet& set = p.slices;
+  SliceEntry entry = set.table[group * set.count + slice];
+  if (!entry_fits(entry, entry.rank, set.a_rows[slice], set.width[slice], set.b_elements[slice], p.v_width)) {
+    entry.rank = 0;
+  }
+  return entry;
 }
 
 /// Slices with equal v_col share one A; only the first of them computes v.
-__device__ __forceinline__ bool computes_v(const SliceSet& set, int64_t group, int slice) {
-  const int32_t v_col = entry_of(set, group, slice).v_col;
+__device__ __forceinline__ bool computes_v(const LoraParams& p, int64_t group, int slice) {
+  const int32_t v_col = p.slices.table[group * p.slices.count + slice].v_col;
   for (int s = 0; s < slice; ++s) {
-    const SliceEntry& other = entry_of(set, group, s);
+    const SliceEntry other = entry_of(p, group, s);
     if (other.rank > 0 && other.v_col == v_col) return false;
   }
   return true;

@@ -21,8 +21,12 @@ __global__ void __launch_bounds__(kThreads) embedding_general(const __grid_const
   const int64_t token =
       e.ids_are_int64 ? static_cast<const int64_t*>(e.token_ids)[row] : static_cast<const int32_t*>(e.token_ids)[row];
   if (token < 0 || token >= e.vocab) return;
-  const SliceEntry entry = entry_of(p.slices, group, slice);
-  if (entry.rank <= 0) return;
+  const SliceEntry entry = p.slices.table[int64_t{group} * p.slices.count + slice];
+  const int64_t a_rows_used = e.token_major ? e.vocab : entry.rank;
+  if (!entry_fits(entry, a_rows_used, p.slices.a_rows[slice], p.slices.width[slice], p.slices.b_elements[slice],
+                  INT32_MAX)) {
+    return;
+  }
 
   __shared__ float smem_v[kMaxRank];
   const T* a = static_cast<const T*>(p.slices.a[slice]) + int64_t{entry.a_row} * p.slices.a_stride[slice] +

@@ -14,11 +14,11 @@ constexpr int kRankChunk = 64;  // ranks of v in shared memory at a time
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant__ LoraParams p) {
-  if (static_cast<int>(blockIdx.x) >= live_tiles(p.plan)) return;
   const Tile tile = p.plan.tile[blockIdx.x];
+  if (static_cast<int>(blockIdx.x) >= load_head(p.plan).tiles) return;
   const int slice = blockIdx.z;
   const int rows = tile.rows;
-  const SliceEntry entry = entry_of(p.slices, tile.group, slice);
+  const SliceEntry entry = entry_of(p, tile.group, slice);
   const int64_t n = int64_t{blockIdx.y} * kThreads + threadIdx.x;
   const bool has_output = n < p.slices.width[slice];
   if (entry.rank <= 0 || int64_t{blockIdx.y} * kThreads >= p.slices.width[slice]) return;

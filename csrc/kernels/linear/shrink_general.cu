@@ -15,12 +15,12 @@ constexpr int kRankBlocks = 4;  // blocks that share the ranks of a slice: a dec
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32) shrink_general(const __grid_constant__ LoraParams p) {
-  if (static_cast<int>(blockIdx.x) >= live_tiles(p.plan)) return;
   const Tile tile = p.plan.tile[blockIdx.x];
+  if (static_cast<int>(blockIdx.x) >= load_head(p.plan).tiles) return;
   const int slice = blockIdx.y;
   const int rows = tile.rows;
-  const SliceEntry entry = entry_of(p.slices, tile.group, slice);
-  if (entry.rank <= 0 || !computes_v(p.slices, tile.group, slice)) return;
+  const SliceEntry entry = entry_of(p, tile.group, slice);
+  if (entry.rank <= 0 || !computes_v(p, tile.group, slice)) return;
 
   __shared__ const T* x_row[kTileRows];
   __shared__ float* v_row[kTileRows];

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) down_reduce_general(const __grid_con
   float total = 0.f;
   for (int j = 0; j < d.top_k; ++j) {
     const int64_t pair = token * d.top_k + j;
-    const int64_t row = p.plan.pair_pos && plan_fits(p.plan) ? p.plan.pair_pos[pair] : pair;
+    const int64_t row = p.plan.pair_pos && load_head(p.plan).fits ? p.plan.pair_pos[pair] : pair;
     if (row < 0 || row >= p.rows) continue;
     const int32_t group = group_of(p.plan, row);
     if (group == kNoRow) continue;

@@ -1,0 +1,152 @@
+"""Arguments that are right one by one and wrong together: no access outside what the call was given.
+
+A table, a row map and a plan are device memory: on CUDA their contents cannot be looked at without a
+synchronisation, so the kernels take what fails as absent. On the CPU it is an exception.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import embedding_args, make_dense_case, make_embedding_case, make_moe_case, make_moe_half, ops
+from test_ops_bad_input import broken
+
+
+def nothing_but_refused_or_absent(device: str, call, buffer, what: str) -> None:
+    """On the CPU the call raises; on CUDA it runs and writes no byte of the guarded buffer."""
+    refused = broken(call)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        assert not refused, f"{what}: the host cannot know"
+    else:
+        assert refused, f"{what}: must be refused"
+    buffer.assert_written_only(what, torch.zeros(buffer.view.shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("col", [2**63 - 1, 2**63 - 2, 2**62, -(2**63), -1])
+@pytest.mark.parametrize("slice_index", [0, 1])
+def test_a_column_near_the_end_of_int64_does_not_wrap_around(device, dtype, col, slice_index):
+    case = make_dense_case(device, dtype, rows=4, widths=(8, 8), gaps=True)
+    cols = list(case.cols)
+    cols[slice_index] = col
+    with pytest.raises(RuntimeError, match="polylora::linear_: cols must be columns inside y"):
+        ops.linear_(**case.linear_args() | {"cols": cols})
+    case.y.assert_written_only("refused", torch.zeros(case.y.view.shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+def test_overlapping_slices_are_refused(device, dtype, shift):
+    case = make_dense_case(device, dtype, rows=4, widths=(8, 8), gaps=True)
+    cols = [case.cols[0], case.cols[0] + shift]
+    with pytest.raises(RuntimeError, match="polylora::linear_: cols must be (apart|columns inside)"):
+        ops.linear_(**case.linear_args() | {"cols": cols})
+
+
+def test_interleaved_slices_do_not_overlap(device, dtype):
+    moe = make_moe_case(device, dtype, tokens=5, top_k=2)
+    half = make_moe_half(moe, down=False, width=24, interleaved=True)
+    ops.moe_gate_up_(y=half.y.view, x=half.x, **half.args(), plan=moe.plan, top_k=2, col_stride=2)
+
+
+@pytest.mark.parametrize("v_width", [0, 1, 7])
+def test_a_v_width_below_what_the_table_uses_reaches_nothing(device, dtype, v_width):
+    case = make_dense_case(device, dtype, rows=9, ranks=(16,), absent=0.0, shared_a=0.0, groups=2)
+    call = case.linear_args() | {"v_width": v_width}
+    if v_width == 0 or device == "cpu":
+        nothing_but_refused_or_absent(device, lambda: ops.linear_(**call), case.y, f"v_width {v_width}")
+
+
+def test_shrink_into_a_v_of_too_few_columns_writes_none_of_them(device, dtype):
+    case = make_dense_case(device, dtype, rows=9, ranks=(16,), absent=0.0, shared_a=0.0, groups=2)
+    args = case.linear_args()
+    v = torch.full((9, 1), 7.0, device=device)
+    broken(lambda: ops.shrink(v, args["x"], args["a"], args["table"], args["plan"]))
+    assert (v == 7.0).all()
+
+
+@pytest.mark.parametrize("width", [50_000, 1_000_000])
+def test_widths_beyond_the_tables_b_add_nothing(device, dtype, width):
+    case = make_dense_case(device, dtype, rows=3, widths=(8,), layout="ragged", absent=0.0, ids="one")
+    y = torch.zeros((3, width), dtype=dtype, device=device)
+    call = case.linear_args() | {"y": y, "widths": [width], "cols": [0]}
+    assert broken(lambda: ops.linear_(**call)) == (device == "cpu")
+    assert (y == 0).all()
+
+
+def test_a_vocabulary_beyond_a_is_refused(device, dtype):
+    case = make_embedding_case(device, dtype, rows=6, token_major=True)
+    with pytest.raises(RuntimeError, match="polylora::embedding_: vocab must be at most"):
+        ops.embedding_(**embedding_args(case) | {"vocab": 2**31 - 1})
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [(0, -1), (0, 2**31 - 1), (1, 257), (1, 2**31 - 1), (2, -8), (2, 2**31 - 1), (3, -1), (4, -2), (5, 2**30)],
+    ids=["a_row<0", "a_row", "rank", "huge_rank", "v_col<0", "v_col", "b_stride<0", "b_offset<0", "b_offset"],
+)
+def test_an_entry_outside_its_arenas_is_never_followed(device, dtype, word, value):
+    case = make_dense_case(device, dtype, rows=20, groups=2, absent=0.0, ids="one", shared_a=0.0)
+    table = case.pools.table.clone()
+    table[:, :, word] = value
+    if word == 4:
+        table[:, :, 5] = -1
+    call = case.linear_args() | {"table": table}
+    nothing_but_refused_or_absent(device, lambda: ops.linear_(**call), case.y, f"word {word} = {value}")
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, -(2**31), 10**6])
+def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, value):
+    """An engine that reuses its map's buffer between plan and op."""
+    moe = make_moe_case(device, dtype, row_map=True)
+    up, down = make_moe_half(moe, down=False, width=24), make_moe_half(moe, down=True, width=24)
+    changed = torch.full_like(moe.row_map, value)
+    out = torch.zeros((moe.tokens, 24), dtype=dtype, device=device)
+    h = torch.zeros((moe.positions, 24), dtype=dtype, device=device)
+    gate = dict(x=up.x, **up.args(), plan=moe.plan, top_k=moe.top_k, row_map=changed)
+    reduce = dict(h=down.x, **down.args(), plan=moe.plan, topk_weights=moe.topk_weights, row_map=changed)
+    calls = [
+        lambda: ops.moe_gate_up_(y=up.y.view, **gate),
+        lambda: ops.moe_gate_up_act(h=h, y1=up.y.view, act=0, **gate),
+        lambda: ops.moe_down_(y=down.y.view, **reduce),
+        lambda: ops.moe_down_reduce(out=out, y2=down.y.view, **reduce),
+    ]
+    for call in calls:
+        assert broken(call) == (device == "cpu")
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("name", ["table", "plan"])
+def test_a_misaligned_table_or_plan_is_refused(device, name):
+    """Kernels read both 16 bytes at a time."""
+    case = make_dense_case(device, torch.bfloat16, rows=5)
+    args = case.linear_args()
+    whole = torch.zeros(args[name].numel() + 4, dtype=torch.int32, device=device)
+    moved = whole[1 : 1 + args[name].numel()].view(args[name].shape)
+    moved.copy_(args[name])
+    with pytest.raises(RuntimeError, match=f"polylora::linear_: {name} must be aligned to 16 bytes"):
+        ops.linear_(**args | {name: moved})
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("rows", [1, 8, 33, 256])
+def test_the_decode_path_is_reached(device, monkeypatch, rows):
+    """Forced, a path refuses what it does not serve: that it runs shows that the call went through it."""
+    monkeypatch.setenv("POLYLORA_PATH", "cluster")
+    for dtype in (torch.bfloat16, torch.float16):
+        case = make_dense_case(device, dtype, rows=rows, aligned=True, k=256, widths=(256, 64, 64))
+        ops.linear_(**case.linear_args())
+        case.check()
+
+
+@pytest.mark.cuda_only
+def test_a_forced_path_refuses_what_it_does_not_serve(device, monkeypatch):
+    monkeypatch.setenv("POLYLORA_PATH", "cluster")
+    for odd in ({"rows": 300}, {"k": 99, "aligned": False}, {"dtype": torch.float32}):
+        shape = {"rows": 8, "k": 256, "widths": (256, 64), "aligned": True, "dtype": torch.bfloat16} | odd
+        case = make_dense_case(device, shape.pop("dtype"), **shape)
+        with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
+            ops.linear_(**case.linear_args())
+    monkeypatch.setenv("POLYLORA_PATH", "no such path")
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        ops.linear_(**make_dense_case(device, torch.bfloat16).linear_args())
