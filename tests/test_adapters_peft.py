@@ -355,6 +355,41 @@ def test_embedding_factor_of_gemma(tmp_path):
         torch.testing.assert_close(ours, delta, rtol=1e-4, atol=1e-4)
 
 
+NAMES = st.lists(st.sampled_from(["model", "layers", "0", "1", "q_proj", "q", "proj", "mlp"]), min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    path=NAMES.map(".".join),
+    targets=st.lists(NAMES.map(".".join), max_size=3)
+    | st.sampled_from([r".*\.(q|k)_proj", r"q_proj", r"model\.layers\.[01]\..*", ".*mlp", r"(?!.*mlp).*proj", ""]),
+    parameters=st.none() | st.just(["experts.down_proj"]),
+)
+def test_target_modules_by_pefts_own_rule(path, targets, parameters):
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from polylora.adapters.config import parse_config
+
+    raw = {"peft_type": "LORA", "target_modules": targets, "target_parameters": parameters}
+    config, problems = parse_config(raw)
+    assert not problems
+    theirs = check_target_module_exists(peft.LoraConfig(target_modules=targets, target_parameters=parameters), path)
+    assert config.targets(path) == bool(theirs)
+    if parameters:
+        config, _ = parse_config({**raw, "target_modules": None})
+        none = peft.LoraConfig(target_modules=None, target_parameters=parameters)
+        assert config.targets(path) == bool(check_target_module_exists(none, path))
+
+
+def test_weights_that_peft_ignores_are_refused(tmp_path):
+    """Saved with seven linears, the config says one: peft loads q_proj and drops the others without an error."""
+    model = build("llama")
+    train(model, tmp_path, r=2, target_modules="all-linear")
+    edit_config(tmp_path, target_modules=["q_proj"])
+    with pytest.raises(AdapterError) as error:
+        load_adapter(tmp_path, model_table(build("llama"), fused=True))
+    assert len(error.value.problems) == 6 * 2 and "(not in target_modules)" in str(error.value)
+
+
 @pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
 def test_half_precision_is_kept(saved, tmp_path):
     merged = train(build("llama").double(), tmp_path, r=3, target_modules="all-linear", dtype=saved)

@@ -105,6 +105,10 @@ def test_the_plain_one_is_fine(tmp_path):
         ("target_parameters", "experts.down_proj"),
         ("layers_to_transform", "all"),
         ("exclude_modules", 3),
+        ("target_modules", 3),
+        ("target_modules", {"q_proj": True}),
+        ("target_modules", ["q_proj", 1]),
+        ("target_modules", "("),
     ],
 )
 def test_config_keys(key, value, tmp_path):
@@ -113,11 +117,17 @@ def test_config_keys(key, value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|b.*)*c", r"(\w+\.)+x", ".*a.*b.*c.*d.*e", "(x{1,9}){1,9}", "a" * 5000]
+    "pattern", [r"(\w*)\1", "(((a*)*)*)*b", "((a?){900}){900}", "(?i)q_proj", "(" * 300 + "a" + ")" * 300, "a" * 5000]
 )
-def test_patterns_that_could_run_for_years(pattern, tmp_path):
-    error = refused(write(tmp_path / "a", rank_pattern={pattern: 2}, exclude_modules=pattern))
-    assert "config key 'rank_pattern'" in str(error) and "config key 'exclude_modules'" in str(error)
+def test_patterns_that_are_not_simple(pattern, tmp_path):
+    error = refused(write(tmp_path / "a", rank_pattern={pattern: 2}, exclude_modules=pattern, target_modules=pattern))
+    for key in ("rank_pattern", "exclude_modules", "target_modules"):
+        assert f"config key {key!r}: expected " in str(error)
+
+
+def test_patterns_that_re_would_match_for_years(tmp_path):
+    for n, pattern in enumerate([".?" * 40 + "Z", ".{0,900}" * 20 + "Z", "(.+)+Z", "(o|o)" * 40 + "Z"]):
+        load_adapter(write(tmp_path / str(n), rank_pattern={pattern: 9}, exclude_modules=pattern), TABLE)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +264,96 @@ def test_weights_the_config_rules_out(tmp_path):
     assert "exclude_modules names 'q_proj'" in str(refused(write(tmp_path / "a", exclude_modules=["q_proj"])))
     assert "exclude_modules matches it" in str(refused(write(tmp_path / "a", exclude_modules=r".*q_proj")))
     load_adapter(write(tmp_path / "a", exclude_modules=["proj"]), TABLE)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj"],
+        ["k_proj", "self_attn.q_proj"],
+        [Q],
+        [Q.replace("model.", "model.language_model.")],
+        ".*q_proj",
+        r"model\.layers\.\d+\.self_attn\.(q|k)_proj",
+        "all-linear",
+        "All-Linear",
+        None,
+    ],
+)
+def test_target_modules_that_name_the_module(targets, tmp_path):
+    prefixed = targets == [Q.replace("model.", "model.language_model.")]
+    tensors = pair(targets[0] if prefixed else Q)
+    assert load_adapter(write(tmp_path / "a", tensors, target_modules=targets), TABLE).sites
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["k_proj"], ["proj"], ["q_pro"], ["layers.1.self_attn.q_proj"], [], ".*k_proj", "q_proj", "self_attn.q_proj", ""],
+)
+def test_tensors_that_target_modules_leaves_out(targets, tmp_path):
+    """peft would make no adapter there and ignore the tensors."""
+    error = refused(write(tmp_path / "a", target_modules=targets))
+    assert f"{PREFIX}{Q}.lora_A.weight' contradicts the config: expected no weights (not in target_modules)" in str(
+        error
+    )
+    assert len(error.problems) == 1
+
+
+def test_target_modules_and_both_ends(tmp_path):
+    emb = {
+        "model.embed_tokens.lora_embedding_A": torch.ones(2, 31),
+        "model.embed_tokens.lora_embedding_B": torch.ones(20, 2),
+    }
+    head = pair("lm_head", 20, 31)
+    load_adapter(write(tmp_path / "a", emb | head, target_modules=["embed_tokens", "lm_head"]), TABLE)
+    error = refused(write(tmp_path / "a", emb | head, target_modules=["lm_head"]))
+    assert len(error.problems) == 1 and "embed_tokens.lora_embedding_A' contradicts the config" in str(error)
+    # An embedding is no linear.
+    error = refused(write(tmp_path / "a", emb | head, target_modules="all-linear"))
+    assert len(error.problems) == 1 and "embed_tokens.lora_embedding_A' contradicts the config" in str(error)
+    # Tied, one names both.
+    tied = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    load_adapter(write(tmp_path / "a", emb | head, **tied), TABLE)
+    assert "q_proj.lora_A.weight' contradicts" in str(refused(write(tmp_path / "a", emb | head | pair(Q), **tied)))
+
+
+def expert_forms() -> dict[str, dict[str, torch.Tensor]]:
+    block = "model.layers.0.block_sparse_moe.experts"
+    return {
+        "one by one": pair(f"{EXPERTS}.0.gate_proj", 20, 14) | pair(f"{EXPERTS}.0.up_proj", 20, 14),
+        "mixtral's": pair(f"{block}.2.w1", 20, 14) | pair(f"{block}.2.w3", 20, 14),
+        "stacked": {
+            f"{EXPERTS}.{leaf}.lora_{half}.weight": torch.ones(3, *shape)
+            for leaf in ("w1", "w3")
+            for half, shape in (("A", (2, 20)), ("B", (14, 2)))
+        },
+        "flattened": {f"{EXPERTS}.lora_A.weight": torch.ones(6, 20), f"{EXPERTS}.lora_B.weight": torch.ones(28, 6)},
+    }
+
+
+@pytest.mark.parametrize("form", expert_forms())
+def test_targets_of_experts(form, tmp_path):
+    """Modules by their old names or parameters: peft takes one for the other."""
+    table, tensors = model_table(MIXTRAL, fused=True), expert_forms()[form]
+    good = [
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj"]},
+        {"target_modules": None},
+    ]
+    if form != "flattened":
+        good.append({"target_parameters": ["experts.down_proj"], "target_modules": ["gate_proj", "up_proj"]})
+    for n, config in enumerate(good):
+        load_adapter(write(tmp_path / str(n), tensors, **config), table)
+    error = refused(write(tmp_path / "a", tensors, target_parameters=["layers.1.mlp.experts.gate_up_proj"]), table)
+    assert len(error.problems) == len(tensors) // 2 and "(not in target_parameters)" in str(error)
+    if form == "flattened":  # without target_parameters the shapes decide
+        load_adapter(write(tmp_path / "a", tensors, target_modules=[]), table)
+        return
+    for n, targets in enumerate([["w1", "w3"], ["gate_proj", "up_proj"], r".*experts\.\d+\.(w1|w3)", "all-linear"]):
+        load_adapter(write(tmp_path / f"m{n}", tensors, target_modules=targets), table)
+    for n, targets in enumerate([["q_proj"], ["w2"], r".*self_attn.*"]):
+        error = refused(write(tmp_path / f"r{n}", tensors, target_modules=targets), table)
+        assert len(error.problems) == 2 and "(not in target_modules)" in str(error)
 
 
 def test_no_weights_at_all(tmp_path):

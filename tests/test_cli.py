@@ -43,6 +43,17 @@ def test_wrong_arguments_exit_with_2(argv, capsys):
     assert captured.out == "" and "usage: polylora" in captured.err
 
 
+def test_attach_says_what_it_takes():
+    import inspect
+
+    from polylora.engines import HfEngine
+
+    options = list(inspect.signature(HfEngine).parameters.values())
+    taken = list(inspect.signature(polylora.attach).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in taken] == [(p.name, p.kind, p.default) for p in options]
+    assert "max_rank" in polylora.attach.__doc__
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--help"])
@@ -94,6 +105,22 @@ def test_check_says_yes(capsys, tmp_path):
     assert (code, err) == (0, "")
     assert "can be served on nemotron_h: 4 sites" in out
     assert max(map(len, out.splitlines()[1:])) <= 120
+
+
+def test_check_says_what_it_did_not_compare(capsys, tmp_path):
+    """Base weights in an adapter must equal the model's; without the model's weights nobody knows."""
+    model = fixture_path(NEMOTRON)
+    code, out, err = run("check", adapter_path(NEMOTRON, "rot13"), "--model", model, "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["base_weights_not_compared"] == [
+        "base_model.model.lm_head.base_layer.weight", "base_model.model.model.embeddings.base_layer.weight",
+    ]  # fmt: skip
+    code, out, err = run("check", adapter_path(NEMOTRON, "rot13"), "--model", model, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "not compared" in out and "base_model.model.model.embeddings.base_layer.weight" in out
+    code, out, err = run("check", adapter_path(NEMOTRON, "snake"), "--model", model, "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["base_weights_not_compared"] == []
+    code, out, err = run("check", adapter_path(NEMOTRON, "snake"), "--model", model, capsys=capsys)
+    assert code == 0 and "not compared" not in out
 
 
 def test_check_says_no_and_why(capsys):

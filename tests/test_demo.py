@@ -24,6 +24,7 @@ def test_demo_runs_and_passes(key, device, tmp_path, capsys):
     assert len(set(one["samples"].values())) == len(one["samples"]), "rows of one batch write different texts"
     for row in one["adapters"].values():
         assert row["share"] > 0.12 and row["divergence"] < 1e-7 and row["difference"] < 1e-2
+        assert row["same_greedy_tokens"] == 12
         assert row["share"] == pytest.approx(row["peft_share"], rel=1e-3)
     assert all(value > 0 for value in one["speed"].values() if isinstance(value, float))
     lines = printed.out.splitlines()
@@ -33,6 +34,13 @@ def test_demo_runs_and_passes(key, device, tmp_path, capsys):
         assert any(line.split()[:1] == [adapter] for line in lines)
     assert name in printed.err and "PEFT with" in printed.err, "progress goes to stderr"
     assert torch.get_num_threads() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_in_float32_the_greedy_texts_must_be_those_of_peft(dtype):
+    one = {"tokens": 7, "adapters": {"a": numbers(), "b": numbers(same_greedy_tokens=6)}}
+    found = demo._failures("m", one, demo.BOUNDS[getattr(torch, dtype)])
+    assert found == (["m, b: greedy tokens equal to PEFT's must be all 7, got 6"] if dtype == "float32" else [])
 
 
 def numbers(**changes):
@@ -52,6 +60,7 @@ def numbers(**changes):
         ({"difference": 0.5}, "max |dlogp| must be at most"),
         ({"share": 0.1}, "share of the delta must be at least"),
         ({"share": float("nan")}, "share of the delta must be at least"),
+        ({"same_greedy_tokens": 3}, "greedy tokens equal to PEFT's must be all 7, got 3"),
     ],
 )
 def test_a_missed_bound_fails_the_command(changes, what, monkeypatch, capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import io
 import json
 import shutil
+import threading
 
 import peft
 import pytest
@@ -20,7 +24,7 @@ from engine_cases import (
     peft_model,
 )
 from polylora.adapters import AdapterError
-from polylora.engines import EngineError, attach
+from polylora.engines import EngineError, HfEngine, attach
 from polylora.engines.hf_experts import grouped_mm
 from polylora.layers import BatchPlans
 from polylora.pool import PoolFull, SlotInUse, UnknownAdapter
@@ -182,6 +186,8 @@ def test_a_compiled_model_follows_the_batch(device):
                 torch.testing.assert_close(logits_of(compiled, batch), want, rtol=1e-5, atol=1e-5)
                 assert torch.equal(want, base) == (set(names) == {None})
         torch.testing.assert_close(logits_of(compiled, batch), base, rtol=1e-5, atol=1e-5)
+        with engine.batch(["everything", None, "linears"]):
+            assert isinstance(in_thread(lambda: logits_of(compiled, batch)), EngineError)
 
 
 def test_lm_head_on_some_positions_only(device):
@@ -213,6 +219,41 @@ def test_inputs_whose_rows_are_not_contiguous(device):
             down(x)
 
 
+def test_the_input_is_found_by_its_name(device):
+    class Noted(torch.nn.Linear):
+        def forward(self, input, note=None):
+            return super().forward(input)
+
+    model = make_model("llama", device=device)
+    down = model.model.layers[0].mlp.down_proj
+    down.__class__ = Noted
+    x = torch.randn(2, 5, 80, device=device)
+    embedding = model.model.embed_tokens
+    ids = torch.zeros(2, 3, dtype=torch.int64, device=device)
+    with loaded("llama", model) as engine, torch.no_grad(), engine.batch(["everything", None]):
+        assert torch.equal(down(note=torch.zeros(3), input=x), down(x))
+        assert torch.equal(embedding(input=ids), embedding(ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_moe"])
+def test_autocast(family, device):
+    """Served where the layers' outputs keep the engine's dtype, refused where they do not."""
+    batch = prompts_for([0, 1], device)
+    model = make_model(family, device=device)
+    for name in ("linears", "experts") if family == "qwen3_5_moe" else ("linears",):
+        cast, refused = torch.autocast(device, torch.bfloat16), pytest.raises(EngineError, match="autocast")
+        with loaded(family, model) as engine, engine.batch([name, None]), cast, refused:
+            logits_of(model, batch)
+    model = make_model(family, torch.bfloat16, device)
+    with loaded(family, model) as engine, engine.batch(["linears", None]), torch.autocast(device, torch.bfloat16):
+        layer = model.model.layers[0].mlp
+        layer = layer.shared_expert.down_proj if family == "qwen3_5_moe" else layer.down_proj
+        x = torch.randn(2, 3, layer.in_features, device=device)
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer(x.bfloat16()))  # as the layer casts it
+        logits_of(model, batch)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "both"])
 def test_tied_weights_are_adapted_one_module_at_a_time(family, target, device, tmp_path):
@@ -241,6 +282,57 @@ def test_tied_weights_are_adapted_one_module_at_a_time(family, target, device, t
     assert torch.equal(got[0], base[0])
     assert (want[1] - base[1]).norm() > 0.12 * base[1].norm()
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_saved_base_weights_must_be_those_of_the_model(module, precision, device, tmp_path):
+    """PEFT would load them into the base model; a batch has one base for all its adapters."""
+    source = adapter_folder("llama", "q_and_ends")
+    tensors = load_tensors(source)
+    key = next(k for k in tensors if f"{module}.lora" in k).split(".lora")[0] + ".base_layer.weight"
+    path = key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+    # The files hold float32: rounded to the model's dtype they are its weights.
+    saved = make_model("llama", device="cpu").get_submodule(path).weight.clone()
+    same = write_adapter(tmp_path / "same", source, {**tensors, key: saved})
+    bare = write_adapter(tmp_path / "bare", source, {**tensors, key.removeprefix("base_model.model."): saved})
+    trained = saved.clone()
+    trained[-1, -1] += 0.5
+    other = write_adapter(tmp_path / "other", source, {**tensors, key: trained})
+    nan = saved.clone()
+    nan[3, 0] = float("nan")
+    broken = write_adapter(tmp_path / "nan", source, {**tensors, key: nan})
+    with attach(make_model("llama", precision, device)) as engine:
+        engine.load("same", same)
+        engine.load("bare", bare)
+        for folder, row in ((other, 71), (broken, 3)):
+            with pytest.raises(AdapterError) as refused:
+                engine.load("other", folder)
+            assert key in str(refused.value) and f"row {row}" in str(refused.value)
+        assert engine.adapters == ["same", "bare"]
+
+
+def test_saved_base_weights_are_read_in_pieces(device, tmp_path, monkeypatch):
+    monkeypatch.setattr("polylora.engines.base_weights.PIECE_BYTES", 1000)  # 5 of 72 rows, and 2 at the end
+    source = adapter_folder("llama", "q_and_ends")
+    key, weight = "base_model.model.lm_head.base_layer.weight", make_model("llama").lm_head.weight.clone()
+    with attach(make_model("llama", device=device)) as engine:
+        engine.load("same", write_adapter(tmp_path / "same", source, {**load_tensors(source), key: weight}))
+        for row in (0, 4, 5, 70, 71):
+            changed = weight.clone()
+            changed[row, 7] += 1
+            folder = write_adapter(tmp_path / f"{row}", source, {**load_tensors(source), key: changed})
+            with pytest.raises(AdapterError, match=f"lm_head.base_layer.weight.*row {row}"):
+                engine.load("other", folder)
+
+
+def test_saved_base_weights_of_a_quantised_module_are_refused(device, tmp_path):
+    source = adapter_folder("llama", "q_and_ends")
+    model = make_model("llama", device=device)
+    key, weight = "base_model.model.lm_head.base_layer.weight", model.lm_head.weight.clone().cpu()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with attach(model) as engine, pytest.raises(AdapterError, match="lm_head.base_layer.weight.*int8"):
+        engine.load("a", write_adapter(tmp_path / "a", source, {**load_tensors(source), key: weight}))
 
 
 def test_adapters_come_and_go_between_batches(device):
@@ -329,6 +421,74 @@ def test_a_forward_set_on_the_instance_survives(device):
     with attach(model):
         logits_of(model, prompts_for([0], device))
     assert calls and experts.__dict__["forward"] is forward
+
+
+def test_what_somebody_else_put_over_the_engine_stays(device):
+    model = make_model("qwen3_5_moe", device=device)
+    batch = prompts_for([0], device)
+    base = logits_of(model, batch)
+    experts = model.model.layers[0].mlp.experts
+    engine = attach(model)
+    ours, calls = {"generate": model.generate, "forward": experts.forward}, []
+
+    def over(name):
+        def wrapper(*args, **kwargs):
+            calls.append(name)
+            return ours[name](*args, **kwargs)
+
+        return wrapper
+
+    model.generate, experts.forward = generate, forward = over("generate"), over("forward")
+    engine.detach()
+    assert model.__dict__["generate"] is generate and experts.__dict__["forward"] is forward
+    assert torch.equal(logits_of(model, batch), base)
+    assert model.generate(**batch, max_new_tokens=2).shape[0] == 1
+    assert set(calls) == {"generate", "forward"}
+    del model.generate  # and once it is taken away already
+    engine = attach(model)
+    del model.generate
+    engine.detach()
+    assert not engine.attached
+
+
+def test_detach_undoes_all_it_can_before_it_raises(device):
+    model = make_model("llama", device=device)
+    state = state_of(model)
+    engine = attach(model)
+
+    def fail():
+        raise ZeroDivisionError
+
+    engine._undo.insert(len(engine._undo) // 2, fail)
+    with pytest.raises(ZeroDivisionError):
+        engine.detach()
+    assert not engine.attached and HfEngine.of(model) is None and state_of(model) == state
+    engine.detach()
+    with attach(model):
+        pass
+
+
+def test_a_lost_engine_is_found_again(device):
+    model = make_model("llama", device=device)
+    assert HfEngine.of(model) is None
+    attach(model).load("a", adapter_folder("llama", "linears"))
+    with pytest.raises(EngineError, match=r"HfEngine\.of"):
+        attach(model)
+    engine = HfEngine.of(model)
+    assert engine.adapters == ["a"] and engine.model is model
+    engine.detach()
+    assert HfEngine.of(model) is None
+
+
+def test_an_attached_model_cannot_be_copied_as_its_docs_say(device):
+    model = make_model("llama", device=device)
+    with attach(model):
+        with pytest.raises(TypeError):
+            copy.deepcopy(model)
+        with pytest.raises((TypeError, AttributeError)):
+            torch.save(model, io.BytesIO())
+        state = model.state_dict()
+    assert set(copy.deepcopy(model).state_dict()) == set(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -429,6 +589,157 @@ def test_batches_of_another_size(llama, device):
         with pytest.raises(EngineError, match="got 3"):
             llama.model.generate(**prompts_for(range(3), device), max_new_tokens=2)
         logits_of(llama.model, prompts_for(range(2), device))
+
+
+@pytest.mark.parametrize("key", ["inputs", "positional", "input_ids", "inputs_embeds"])
+def test_generate_takes_as_many_prompts_as_were_named(llama, key, device):
+    """Twice or four times as many are a mistake, not beams."""
+    model = llama.model
+    llama.load("everything", adapter_folder("llama", "everything"))
+
+    def generate(rows, **kwargs):
+        batch = left_padded([5] * rows, device)
+        ids = batch.pop("input_ids")
+        kwargs |= batch | {"max_new_tokens": 2, "do_sample": False}
+        if key == "positional":
+            return model.generate(ids, **kwargs)
+        given = torch.ones(rows, 5, 48, device=device) if key == "inputs_embeds" else ids
+        return model.generate(**{key: given}, **kwargs)
+
+    with llama.batch(["everything", None]):
+        for rows in (1, 3, 4, 8):
+            for kwargs in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 4}):
+                with pytest.raises(EngineError, match=f"2 sequences, got {rows}"):
+                    generate(rows, **kwargs)
+        assert generate(2).shape[0] == 2
+        assert generate(2, num_beams=4, num_return_sequences=2).shape[0] == 4
+        with pytest.raises(EngineError, match="2 sequences, got 4"):  # after beams as before
+            logits_of(model, prompts_for(range(4), device))
+    with llama.batch(["everything", None]), pytest.raises(EngineError, match="2 sequences, got 1"):
+        model.generate(max_new_tokens=2, num_return_sequences=2, do_sample=True)  # one made up from the start token
+    with llama.batch(["everything"]):
+        assert model.generate(max_new_tokens=2).shape[0] == 1
+
+
+@pytest.mark.parametrize("where", ["keywords", "config", "model"])
+def test_return_sequences_from_wherever_they_are_set(llama, where, device):
+    """Sampled from the one most likely token, so that every copy of a prompt is its greedy text."""
+    model, values = llama.model, {"num_return_sequences": 3, "do_sample": True, "top_k": 1, "max_new_tokens": 5}
+    llama.load("everything", adapter_folder("llama", "everything"))
+    batch = prompts_for(range(2), device)
+    with llama.batch(["everything", None]):
+        want = model.generate(**batch, max_new_tokens=5, do_sample=False)
+        if where == "keywords":
+            got = model.generate(**batch, **values)
+        elif where == "config":
+            got = model.generate(**batch, generation_config=transformers.GenerationConfig(**values))
+        else:
+            model.generation_config = transformers.GenerationConfig(**values)
+            got = model.generate(batch["input_ids"], None, attention_mask=batch["attention_mask"])
+    assert not torch.equal(want[0], want[1])
+    assert got.tolist() == want.repeat_interleave(3, 0).tolist()
+
+
+def in_thread(function):
+    """What it returned or raised, from another thread."""
+    result = []
+
+    def call():
+        try:
+            result.append(function())
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def test_other_threads_stay_out_of_a_batch(device):
+    model = make_model("qwen3_5_moe", device=device)
+    batch = prompts_for([0, 1], device)
+    base = logits_of(model, batch)
+    with loaded("qwen3_5_moe", model) as engine:
+        layer = model.model.layers[0].mlp
+        x = torch.zeros(2, 3, 48, device=device)
+        expert = x.flatten(0, 1), torch.zeros(6, 2, dtype=torch.int64, device=device), torch.ones(6, 2, device=device)
+        with engine.batch(["everything", None]):
+            want = logits_of(model, batch)
+            for stranger in (
+                lambda: logits_of(model, batch),
+                lambda: model.generate(**batch, max_new_tokens=2),
+                lambda: layer.shared_expert.up_proj(x),
+                lambda: layer.experts(*expert),
+            ):
+                error = in_thread(stranger)
+                assert isinstance(error, EngineError) and "any_thread" in str(error)
+            assert torch.equal(logits_of(model, batch), want)
+        assert torch.equal(in_thread(lambda: logits_of(model, batch)), base)
+        with engine.batch(["everything", None], any_thread=True):
+            assert torch.equal(in_thread(lambda: logits_of(model, batch)), want)
+        with engine.batch(["everything", None]):
+            assert isinstance(in_thread(lambda: logits_of(model, batch)), EngineError)
+
+
+def test_a_streamer_reads_what_another_thread_generates(llama, device):
+    llama.load("a", adapter_folder("llama", "everything"))
+    batch = prompts_for([0], device)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, tokens):
+            self.tokens += tokens.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    with llama.batch(["a"]):
+        want = llama.model.generate(**batch, **settings)
+    streamer = Streamer()
+    with llama.batch(["a"], any_thread=True):
+        in_thread(lambda: llama.model.generate(**batch, **settings, streamer=streamer))
+    assert streamer.tokens == [*want[0].tolist(), "end"]
+
+
+def test_other_tasks_stay_out_of_a_batch(llama, device):
+    """Tasks of one event loop share a thread, and any await may let another one run."""
+    llama.load("a", adapter_folder("llama", "linears"))
+    batch = prompts_for([0], device)
+
+    async def named(entered, leave):
+        with llama.batch(["a"]):
+            first = logits_of(llama.model, batch)
+            entered.set()
+            await leave.wait()
+            assert torch.equal(logits_of(llama.model, batch), first)
+            # A thread made for this task knows its batch.
+            assert torch.equal(await asyncio.to_thread(logits_of, llama.model, batch), first)
+
+    async def main():
+        entered, leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(named(entered, leave))
+        await entered.wait()
+        with pytest.raises(EngineError, match="task"):
+            logits_of(llama.model, batch)
+        leave.set()
+        await task
+
+    asyncio.run(main())
+
+
+def test_two_engines_have_a_batch_each(device):
+    one, two = make_model("llama", device=device), make_model("gemma3", device=device)
+    batch = prompts_for([0], device)
+    with loaded("llama", one) as first, loaded("gemma3", two) as second, first.batch(["everything"]):
+        want = logits_of(one, batch)
+        with second.batch(["everything"]):
+            assert torch.equal(logits_of(one, batch), want)
+            logits_of(two, batch)
+        assert torch.equal(logits_of(one, batch), want)
 
 
 def test_batches_do_not_nest(llama, device):

@@ -523,6 +523,11 @@ def broken_adapters() -> list[tuple[str, AdapterWeights]]:
             "down: expert 2, slice s0: B must be bfloat16, float16 or float32, got torch.float64",
             changed("down", set_entry(2, 0, b=randn(H, 4).double())),
         ),
+        ("qkv: A 1 must be finite, got NaN or Inf", changed("qkv", lambda w: w.a[1].view(-1)[-1].fill_(torch.nan))),
+        (
+            "down: expert 2, slice s0: B must be finite, got NaN or Inf",
+            changed("down", set_entry(2, 0, b=torch.full((H, 4), -torch.inf, dtype=torch.bfloat16))),
+        ),
         ("down: entries must be for 3 experts, got 2", changed("down", lambda w: w.entries.pop())),
         (
             "gate_up: expert 0, entries must be for 2 slices, got 1",
@@ -546,10 +551,17 @@ def test_one_error_names_every_offending_tensor():
     adapter = make_adapter("bad")
     adapter.sites["o"].a[0] = randn(4, 99)
     adapter.sites["nowhere"] = SiteWeights()
+    shared = torch.full((7, 4), torch.nan)
+    adapter.sites["gate_up"].entries[0][1] = Entry(1, shared, 1.0)
     adapter.sites["down"].entries[1][0] = Entry(1, randn(3, 3), 1.0)
     with pytest.raises(ValueError) as error:
         make_pool().load(adapter)
-    for part in ("o: A 0", "nowhere: the model has no such site", "down: expert 1, slice s0: B must be"):
+    for part in (
+        "o: A 0",
+        "nowhere: the model has no such site",
+        "gate_up: expert 0, slice s1: B must be finite",
+        "down: expert 1, slice s0: B must be",
+    ):
         assert part in str(error.value)
 
 
@@ -561,8 +573,7 @@ def test_weights_too_large_for_float16_are_refused():
         pool.load(adapter)
     assert_empty(pool)
     adapter.sites["qkv"].a[1][2, 3] = 65519.0
-    adapter.sites["qkv"].a[1][2, 4] = torch.inf
-    pool.load(adapter)  # an infinity stays one: numbers are the reader's to judge
+    pool.load(adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------

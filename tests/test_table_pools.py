@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from polylora.table import SliceTable
 from table_reference import apply_table_linear, assert_matches, poison_unread, read_entry
 from torch import Tensor
@@ -545,6 +547,58 @@ def stacked(slots: int = 2, r: int = 8, widths=(5, 6), k: int = K) -> tuple[list
 def test_refuses(call, message: str):
     with pytest.raises(ValueError, match=message):
         call(*stacked())
+
+
+def ragged(widths, cols, col_stride=1) -> SliceTable:
+    return SliceTable.from_ragged_arena(
+        torch.ones(8, K), torch.ones(512), slots=1, widths=widths, v_width=8, cols=cols, col_stride=col_stride
+    )
+
+
+@pytest.mark.parametrize(
+    ("widths", "cols", "col_stride"),
+    [
+        ([8, 8], [0, 4], 1),
+        ([8, 8], [4, 0], 1),
+        ([8, 8], [3, 3], 1),
+        ([9, 1], [0, 8], 1),
+        ([4, 4, 20], [8, 30, 5], 1),
+        ([8, 8], [0, 2], 2),
+        ([8, 1], [1, 15], 2),
+        ([8, 8, 8], None, 2),
+    ],
+)
+def test_slices_that_share_columns_are_refused(widths, cols, col_stride: int):
+    with pytest.raises(ValueError, match=r"SliceTable: cols must be such that no two slices share a column, got \["):
+        ragged(widths, cols, col_stride)
+
+
+@pytest.mark.parametrize("cols", [[-1, 8], [0, -8]])
+def test_negative_columns_are_refused(cols):
+    with pytest.raises(ValueError, match="SliceTable: cols must be >= 0, got"):
+        ragged([8, 8], cols)
+
+
+@pytest.mark.parametrize(
+    ("widths", "cols", "col_stride"),
+    [([8, 8], [8, 0], 1), ([8, 8], [0, 1], 2), ([8, 8], [1, 0], 2), ([8, 3], [0, 16], 2), ([8, 3], [0, 17], 2)],
+)
+def test_slices_side_by_side_and_interleaved(widths, cols, col_stride: int):
+    assert ragged(widths, cols, col_stride).cols == cols
+
+
+@given(
+    slices=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 20)), min_size=1, max_size=4),
+    col_stride=st.integers(1, 3),
+)
+def test_columns_are_refused_exactly_where_two_slices_meet(slices, col_stride: int):
+    widths, cols = [w for w, _ in slices], [c for _, c in slices]
+    taken = [c + n * col_stride for w, c in slices for n in range(w)]
+    if len(set(taken)) == len(taken):
+        ragged(widths, cols, col_stride)
+        return
+    with pytest.raises(ValueError, match="share a column"):
+        ragged(widths, cols, col_stride)
 
 
 def test_a_refused_slot_stays_as_it_was():

@@ -164,6 +164,7 @@ def _collect_info() -> dict[str, Any]:
 
 def _check(arguments: argparse.Namespace) -> int:
     from polylora.adapters import AdapterError, load_adapter
+    from polylora.engines.base_weights import saved_base_weights
     from polylora.models import UnknownModelError, model_table
 
     for what, path, file in (
@@ -192,6 +193,7 @@ def _check(arguments: argparse.Namespace) -> int:
     result = {"adapter": str(arguments.adapter), "model_type": config.model_type, "problems": problems}
     if adapter is not None:
         result |= _describe(adapter, model_table(config, fused=False))
+        result["base_weights_not_compared"] = saved_base_weights(arguments.adapter)
     if arguments.json:
         print(json.dumps(result, indent=1))
     elif not problems:
@@ -243,6 +245,12 @@ def _check_report(result: dict[str, Any]) -> str:
     lines = [f"{result['adapter']}: can be served on {result['model_type']}: {len(result['sites'])} sites, "
              f"{result['parameters']:,} parameters, largest rank {result['max_rank']}"]  # fmt: skip
     lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    saved = result["base_weights_not_compared"]
+    if saved:
+        lines.append(
+            "base weights in the adapter, not compared here: an engine serves it only if they are the model's:"
+        )
+        lines += [f"  {key}" for key in saved]
     return "\n".join(lines)
 
 

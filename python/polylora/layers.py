@@ -42,7 +42,6 @@ class BatchPlans:
             raise ValueError("polylora::BatchPlans: slots must be one a sequence, got none")
         self.sequences = len(slots)
         self.num_slots = num_slots
-        self.any_adapter = any(slot >= 0 for slot in slots)
         # Not inference tensors even where the caller is in inference mode: plans are refilled by later calls, which
         # need not be.
         with torch.inference_mode(False):

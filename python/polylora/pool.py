@@ -9,7 +9,8 @@ rows and one range of B elements:
 - each distinct B matrix once, row pitch ``round_up(rank, 8)`` and start a multiple of 8 elements, as the fast path
   wants them; columns between rank and pitch are never read.
 
-Loading and unloading run on the current stream and wait for nothing. A pool served on another stream needs the
+Loading and unloading run on the current stream and wait for nothing (adapters whose weights lie on the GPU already
+are first looked through for NaN and Inf, which waits). A pool served on another stream needs the
 caller's event between the two.
 """
 
@@ -340,8 +341,8 @@ class AdapterPool:
         have grown).
 
         Raises:
-            ValueError: the name is loaded already, or weights do not fit their sites (one error names them all), or
-                a weight overflows float16.
+            ValueError: the name is loaded already, or weights do not fit their sites or are NaN or Inf (one error names
+                them all), or a weight overflows float16.
             PoolFull: no free slot.
             PoolFrozen: not enough memory, and the pool must not grow.
         """
@@ -484,10 +485,12 @@ class AdapterPool:
                 problems.append(f"A {i} must be [1..{self.max_rank} (max_rank), {site.k}], got {list(a.shape)}")
             if a.dtype not in _WEIGHT_DTYPES:
                 problems.append(f"A {i} must be bfloat16, float16 or float32, got {a.dtype}")
+            elif not _is_finite(a):
+                problems.append(f"A {i} must be finite, got NaN or Inf")
         experts = max(site.experts, 1)
         if len(weights.entries) != experts:
             problems.append(f"entries must be for {experts} experts, got {len(weights.entries)}")
-        used = set()
+        used, finite = set(), set()
         for e, row in enumerate(weights.entries):
             where = f"expert {e}, " if site.experts else ""
             if len(row) != len(site.slices):
@@ -507,6 +510,11 @@ class AdapterPool:
                     problems.append(
                         f"{where}slice {s.name}: B must be bfloat16, float16 or float32, got {entry.b.dtype}"
                     )
+                elif _identity(entry.b) not in finite:  # one that experts share is looked at once
+                    if _is_finite(entry.b):
+                        finite.add(_identity(entry.b))
+                    else:
+                        problems.append(f"{where}slice {s.name}: B must be finite, got NaN or Inf")
                 if not abs(entry.scale) <= _MAX_SCALE:  # NaN fails too
                     problems.append(f"{where}slice {s.name}: scale must be finite, got {entry.scale}")
         unused = [i for i in range(len(weights.a)) if i not in used]
@@ -545,12 +553,12 @@ class AdapterPool:
     def _check_overflow(self, path: str, block: _Block, pieces: Sequence[tuple[int, torch.Tensor, Any]]) -> None:
         limit = torch.finfo(torch.float16).max
         for at, tensor, _ in pieces:
-            finite = tensor[torch.isfinite(tensor)]
+            largest = 0.0 if tensor.dtype == torch.float16 else float(tensor.abs().max())
             # 65520 is where rounding to nearest leaves the finite range.
-            if tensor.dtype != torch.float16 and finite.numel() and float(finite.abs().max()) >= limit + 16:
+            if largest >= limit + 16:
                 raise ValueError(
                     f"polylora::AdapterPool.load: {path}: weights must fit float16 (|w| < {limit + 16:g}), got "
-                    f"{float(finite.abs().max()):g} in {block.arena.what}, at {at}"
+                    f"{largest:g} in {block.arena.what}, at {at}"
                 )
 
     def _write_entries(self, path: str, slot: int, weights: SiteWeights, plan: _SitePlan, a: _Block, b: _Block) -> None:
@@ -583,6 +591,10 @@ class AdapterPool:
             scale=scale,
         )
         table.upload()
+
+
+def _is_finite(t: torch.Tensor) -> bool:
+    return bool(torch.isfinite(t).all())
 
 
 def _identity(t: torch.Tensor) -> tuple:

@@ -124,6 +124,7 @@ class SliceTable:
             raise _refuse("", "cols", f"one a slice ({len(self.widths)})", len(self.cols))
         if self.col_stride < 1:
             raise _refuse("", "col_stride", ">= 1", self.col_stride)
+        _check_cols(self.cols, self.widths, self.col_stride)
         if self.experts < 1 or groups % self.experts:
             raise _refuse("", "groups", f"a multiple of experts = {self.experts}", groups)
         if self.token_major and self.vocab < 1:
@@ -503,21 +504,7 @@ class SliceTable:
         cls, a: torch.Tensor, b: torch.Tensor, ranks: Sequence[Any] | None = None, scales: Any = 1.0
     ) -> SliceTable:
         """SGLang's embedding pool: ``a [slots, r_max, vocab]``, ``b [slots, dim, r_max]``."""
-        where = ".from_sglang_embedding"
-        _check_dims(where, "a", a, 3)
-        _check_dims(where, "b", b, 3)
-        return cls._dense(
-            where,
-            [a],
-            [b],
-            ranks,
-            scales,
-            widths=[b.size(1)],
-            capacity=[a.size(1)],
-            a_first=[0],
-            b_first=[0],
-            vocab=a.size(2),
-        )
+        return cls._embedding(".from_sglang_embedding", a, b, ranks, scales, token_major=False)
 
     @classmethod
     def from_vllm(
@@ -601,8 +588,23 @@ class SliceTable:
     ) -> SliceTable:
         """vLLM's embedding tensors: ``a [slots, vocab, R]`` (token-major), ``b [slots, 1, dim, R]``."""
         where = ".from_vllm_embedding"
-        b = _drop_single(where, "b", b)
+        return cls._embedding(where, a, _drop_single(where, "b", b), ranks, scales, token_major=True)
+
+    @classmethod
+    def _embedding(
+        cls,
+        where: str,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        ranks: Sequence[Any] | None,
+        scales: Any,
+        *,
+        token_major: bool,
+    ) -> SliceTable:
+        """``a [slots, R, vocab]`` (token-major ``[slots, vocab, R]``), ``b [slots, dim, R]``."""
         _check_dims(where, "a", a, 3)
+        _check_dims(where, "b", b, 3)
+        capacity, vocab = (a.size(2), a.size(1)) if token_major else (a.size(1), a.size(2))
         return cls._dense(
             where,
             [a],
@@ -610,11 +612,11 @@ class SliceTable:
             ranks,
             scales,
             widths=[b.size(1)],
-            capacity=[a.size(2)],
+            capacity=[capacity],
             a_first=[0],
             b_first=[0],
-            vocab=a.size(1),
-            token_major=True,
+            vocab=vocab,
+            token_major=token_major,
         )
 
     @classmethod
@@ -727,6 +729,18 @@ class _Arena:
 
 def _default_cols(widths: Sequence[int], col_stride: int) -> list[int]:
     return list(range(len(widths))) if col_stride > 1 else _starts(widths)
+
+
+def _check_cols(cols: Sequence[int], widths: Sequence[int], col_stride: int) -> None:
+    """No column of y may belong to two slices: whose delta is added last would be anyone's guess."""
+    if min(cols, default=0) < 0:
+        raise _refuse("", "cols", ">= 0", list(cols))
+    # By parity (column modulo stride), then by column; neighbours are the first to meet.
+    runs = sorted((col % col_stride, col, width) for col, width in zip(cols, widths, strict=True))
+    for (parity, col, width), (other, start, _) in zip(runs, runs[1:], strict=False):
+        if parity == other and start < col + width * col_stride:
+            got = f"{list(cols)} for widths {list(widths)}, col_stride {col_stride}"
+            raise _refuse("", "cols", "such that no two slices share a column", got)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

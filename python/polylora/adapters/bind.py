@@ -20,6 +20,9 @@ from .weights import AdapterWeights, Entry, SiteWeights
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<emb>embedding_)?(?P<half>[AB])(?:\.default)?(?:\.weight)?")
 _EXPERT_PATH = re.compile(r"(?P<experts>.+)\.(?P<expert>\d{1,6})\.(?P<leaf>\w+)")
 
+# What the projections of experts are called: by Hugging Face, by Mixtral, and fused.
+_EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2", "gate_up_proj")
+
 # From peft 0.19 on, A of an expert parameter reads the module's input. Before, A lay along the parameter's first axis
 # after the experts, whatever that was.
 _PEFT_KNOWS_AXES = (0, 19)
@@ -203,10 +206,14 @@ class _Binder:
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
-    def _check_rank(self, pair: _Pair, path: str, rank: int, is_module: bool = True) -> bool:
+    def _check_rank(self, pair: _Pair, path: str, rank: int, targeted: bool, is_module: bool = True) -> bool:
         expected = self.config.rank(path)
         # peft leaves layers and modules out only where it looks for modules, not for target_parameters.
         excluded = self.config.excludes(path) if is_module else None
+        if not targeted:
+            # peft makes no adapter there and ignores what the file has for it.
+            keys = [key for key in ("target_modules", "target_parameters") if self.config.raw.get(key)]
+            excluded = f"not in {' or '.join(keys or ['target_modules'])}"
         if excluded:
             self._problem(f"{pair.named('A')} contradicts the config: expected no weights ({excluded}), got some")
         elif rank > MAX_RANK:
@@ -216,6 +223,31 @@ class _Binder:
         else:
             return True
         return False
+
+    def _is_targeted(self, path: str, site: Site) -> bool:
+        """Whether the config names the module at ``path``, as the adapter or as the table spells it."""
+        if any(self.config.targets(name, site.kind != "embedding") for name in self.table.spellings(path)):
+            return True
+        if site.parallel != "vocab" or not self.config.ensure_weight_tying:
+            return False
+        ends = [s for s in self.table.sites.values() if s.parallel == "vocab"]
+        return any(self.config.targets(s.path, s.kind != "embedding") for s in ends)
+
+    def _are_experts_targeted(self, parent: str, site: Site, slices: Sequence[int], expert: int = 0) -> bool:
+        """Whether the config names these slices of the experts module ``parent``, by any of the names they have had:
+        one module an expert before transformers 5, a parameter since, which newer peft takes the old names for."""
+        if not self.config.says_targets:
+            return True
+        named: set[int] = set()
+        _, sites = self._experts(parent)
+        for leaf in _EXPERT_LEAVES:
+            place = self._expert_slices(sites, leaf)
+            if place is None or place[0] is not site or named.issuperset(place[1]):
+                continue
+            spelled = [f"{p}{middle}.{leaf}" for p in self.table.spellings(parent) for middle in (f".{expert}", "")]
+            if any(self.config.targets(name) or self.config.targets_parameter(name) for name in spelled):
+                named.update(place[1])
+        return named.issuperset(slices)
 
     def _check_shapes(self, pair: _Pair, expected: dict[str, tuple[int, ...]]) -> bool:
         good = True
@@ -250,7 +282,7 @@ class _Binder:
             return
         rank = pair.tensors["A"].shape[0]
         if self._check_shapes(pair, {"A": (rank, site.k), "B": (site.width, rank)}) and self._check_rank(
-            pair, pair.path, rank
+            pair, pair.path, rank, self._is_targeted(pair.path, site)
         ):
             self._add(pair, site, 0, 0, pair.tensors["A"], pair.tensors["B"].contiguous(), pair.path)
 
@@ -268,7 +300,7 @@ class _Binder:
         if experts:
             self._flattened_experts(pair, experts[0], experts[1], inner)
         elif one_of:
-            self._one_expert(pair, one_of[1], int(match["expert"]), match["leaf"])
+            self._one_expert(pair, match["experts"], one_of[1], int(match["expert"]), match["leaf"])
         elif feeds and self.table.sites[feeds[0][0]].kind == "linear":
             self._linear(pair, feeds)
         else:
@@ -280,7 +312,7 @@ class _Binder:
         rank, k = pair.tensors["A"].shape[0], places[0][0].k
         widths = [site.slices[index].width for site, index in places]
         if self._check_shapes(pair, {"A": (rank, k), "B": (sum(widths), rank)}) and self._check_rank(
-            pair, pair.path, rank
+            pair, pair.path, rank, self._is_targeted(pair.path, places[0][0])
         ):
             for (site, index), b in zip(places, pair.tensors["B"].contiguous().split(widths), strict=True):
                 self._add(pair, site, 0, index, pair.tensors["A"], b, pair.path)
@@ -294,7 +326,7 @@ class _Binder:
         slices = gated.get(leaf) if gate_up.gated else {"up_proj": (0,), "w1": (0,)}.get(leaf)
         return (gate_up, slices) if slices else None
 
-    def _one_expert(self, pair: _Pair, sites: dict[str, Site], expert: int, leaf: str) -> None:
+    def _one_expert(self, pair: _Pair, parent: str, sites: dict[str, Site], expert: int, leaf: str) -> None:
         """``...experts.{e}.{gate,up,down}_proj``; ``gate_up_proj`` has its rows as the parameter has."""
         place = self._expert_slices(sites, leaf)
         if place is None or expert >= place[0].experts:
@@ -304,7 +336,7 @@ class _Binder:
         rank = pair.tensors["A"].shape[0]
         widths = [site.slices[index].width for index in slices]
         if self._check_shapes(pair, {"A": (rank, site.k), "B": (sum(widths), rank)}) and self._check_rank(
-            pair, pair.path, rank
+            pair, pair.path, rank, self._are_experts_targeted(parent, site, slices, expert)
         ):
             for index, b in zip(slices, _split(site, slices, pair.tensors["B"].contiguous()), strict=True):
                 self._add(pair, site, expert, index, pair.tensors["A"], b, pair.path)
@@ -323,7 +355,9 @@ class _Binder:
         counts = {half: t.shape[0] if t.shape[0] == 1 else site.experts for half, t in pair.tensors.items()}
         rank = a.shape[1] if a.ndim == 3 else self.config.rank(pair.path)
         shapes = {"A": (counts["A"], rank, site.k), "B": (counts["B"], sum(widths), rank)}
-        if not (self._check_shapes(pair, shapes) and self._check_rank(pair, pair.path, rank)):
+        if not self._check_shapes(pair, shapes):
+            return
+        if not self._check_rank(pair, pair.path, rank, self._are_experts_targeted(parent, site, slices)):
             return
         b = b.contiguous()
         for expert in range(site.experts):
@@ -367,8 +401,7 @@ class _Binder:
         """Those of an experts module's parameters that the config names; all where it names none."""
 
         def is_named(site: Site) -> bool:
-            full = f"{spelled}.{site.path.rpartition('.')[2]}"
-            return any(full == t or full.endswith(f".{t}") for t in self.config.target_parameters)
+            return self.config.targets_parameter(f"{spelled}.{site.path.rpartition('.')[2]}")
 
         return [site for site in sites if is_named(site)] or sites
 
@@ -396,7 +429,10 @@ class _Binder:
     def _add_flattened(self, pair: _Pair, spelled: str, site: Site, swapped: bool) -> None:
         path = f"{spelled}.{site.path.rpartition('.')[2]}"
         rank = self.config.rank(path)
-        if not self._check_rank(pair, path, rank, is_module=False):
+        # A file's shapes alone may tell which parameter it is of.
+        targeted = not self.config.target_parameters
+        targeted = targeted or self._are_experts_targeted(spelled, site, range(len(site.slices)))
+        if not self._check_rank(pair, path, rank, targeted, is_module=False):
             return
         a, b = pair.tensors["A"], pair.tensors["B"]
         # [experts, rank, in] and [experts, out, rank]

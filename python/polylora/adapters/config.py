@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-try:
-    from re import _parser
-except ImportError:  # Python 3.10
-    import sre_parse as _parser
+from .patterns import Pattern
 
 # Fixed by the kernels' slice table.
 MAX_RANK = 256
@@ -54,7 +51,6 @@ _NEUTRAL = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
         "task_type",
         "velora_config",
     )
@@ -70,6 +66,7 @@ _READ = frozenset(
         "peft_type",
         "r",
         "rank_pattern",
+        "target_modules",
         "target_parameters",
         "use_rslora",
     )
@@ -79,15 +76,8 @@ _READ = frozenset(
 # adapter is right on its own base only; peft writes True here when it has converted such an adapter back.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
-
-# Patterns come with the adapter, and the regular expressions of a hostile one could match for years: repeats within
-# repeats are exponential in the length of a module path, repeats in a row polynomial of that degree.
-_MAX_REPEATS, _MAX_PATTERN = 4, 1024
-
-
-def _matcher(pattern: str) -> re.Pattern:
-    """As peft matches patterns: the whole of a dotted tail of the module's path."""
-    return re.compile(rf"(.*\.)?({pattern})$")
+# What peft takes for every linear of the model, in any case.
+_ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -100,6 +90,8 @@ class LoraConfig:
         use_rslora: scale is ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
         rank_pattern: regular expression of a module path's tail -> rank.
         alpha_pattern: the same for alpha.
+        target_modules: modules that are adapted: tails of paths, one regular expression, "all-linear", or None where
+            the config does not say.
         target_parameters: expert parameters trained as such.
         peft_version: (major, minor) of the peft that wrote the adapter; None when it does not say.
         ensure_weight_tying: the adapter of the embedding also serves the tied ``lm_head``.
@@ -113,6 +105,7 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: frozenset[str] | str | None = None
     target_parameters: tuple[str, ...] = ()
     peft_version: tuple[int, int] | None = None
     ensure_weight_tying: bool = False
@@ -129,10 +122,17 @@ class LoraConfig:
         return self._decide(path)[1]
 
     @cached_property
-    def _matchers(self) -> tuple[list[tuple[re.Pattern, int]], list[tuple[re.Pattern, float]]]:
-        # Compiled once: a rank of its own for every module is more patterns than the cache of re holds.
-        ranks = [(_matcher(key), value) for key, value in self.rank_pattern.items()]
-        return ranks, [(_matcher(key), value) for key, value in self.alpha_pattern.items()]
+    def _matchers(self) -> tuple[list[tuple[Pattern, int]], list[tuple[Pattern, float]]]:
+        ranks = [(Pattern(key), value) for key, value in self.rank_pattern.items()]
+        return ranks, [(Pattern(key), value) for key, value in self.alpha_pattern.items()]
+
+    @cached_property
+    def _target(self) -> Pattern:
+        return Pattern(self.target_modules)
+
+    @cached_property
+    def _exclude(self) -> Pattern:
+        return Pattern(self.exclude_modules)
 
     @cached_property
     def _decided(self) -> dict[str, tuple[int, float]]:
@@ -142,8 +142,8 @@ class LoraConfig:
         """(rank, scale) at ``path``. The first pattern that matches counts, in the file's order, as in peft."""
         if path not in self._decided:
             ranks, alphas = self._matchers
-            rank = next((value for matcher, value in ranks if matcher.match(path)), self.r)
-            alpha = next((value for matcher, value in alphas if matcher.match(path)), self.lora_alpha)
+            rank = next((value for matcher, value in ranks if matcher.matches_tail(path)), self.r)
+            alpha = next((value for matcher, value in alphas if matcher.matches_tail(path)), self.lora_alpha)
             self._decided[path] = rank, float(alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
         return self._decided[path]
 
@@ -153,9 +153,26 @@ class LoraConfig:
         if self.layers is not None and layer and int(layer[1]) not in self.layers:
             return f"layers_to_transform names layers {sorted(self.layers)}"
         if isinstance(self.exclude_modules, str):
-            return "exclude_modules matches it" if re.fullmatch(self.exclude_modules, path) else None
+            return "exclude_modules matches it" if self._exclude.matches(path) else None
         tails = [t for t in self.exclude_modules if path == t or path.endswith(f".{t}")]
         return f"exclude_modules names {tails[0]!r}" if tails else None
+
+    @property
+    def says_targets(self) -> bool:
+        """False where any module may have an adapter: neither kind of target is given."""
+        return self.target_modules is not None or bool(self.target_parameters)
+
+    def targets(self, path: str, linear: bool = True) -> bool:
+        """Whether ``target_modules`` names the module at ``path``, by peft's rule; an embedding is no linear."""
+        if self.target_modules is None:
+            return not self.says_targets
+        if isinstance(self.target_modules, str):
+            return linear if self.target_modules.lower() == _ALL_LINEAR else self._target.matches(path)
+        return any(tail in self.target_modules for tail in _tails(path))
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether ``target_parameters`` names the expert parameter at ``path``."""
+        return any(tail in self.target_parameters for tail in _tails(path))
 
 
 def parse_config(raw: Any) -> tuple[LoraConfig, list[str]]:
@@ -182,7 +199,10 @@ def parse_config(raw: Any) -> tuple[LoraConfig, list[str]]:
 
     ranks = take("rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), f"simple regular expressions -> 1..{MAX_RANK}")
     alphas = take("alpha_pattern", {}, lambda v: _is_pattern(v, _is_number), "simple regular expressions -> numbers")
-    targets = take("target_parameters", [], _is_names, "a list of parameter names")
+    modules = take(
+        "target_modules", None, lambda v: _is_names(v) or _is_regex(v), "names or a simple regular expression"
+    )
+    parameters = take("target_parameters", [], _is_names, "a list of parameter names")
     exclude = take(
         "exclude_modules", [], lambda v: _is_names(v) or _is_regex(v), "names or a simple regular expression"
     )
@@ -195,7 +215,8 @@ def parse_config(raw: Any) -> tuple[LoraConfig, list[str]]:
         use_rslora=take("use_rslora", False, lambda v: isinstance(v, bool), "true or false"),
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        target_parameters=tuple(targets),
+        target_modules=frozenset(modules) if isinstance(modules, list) else modules,
+        target_parameters=tuple(parameters),
         peft_version=_version(raw.get("peft_version")),
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
         layers=frozenset(layers) if layers else None,
@@ -244,31 +265,13 @@ def _is_number(value) -> bool:
 
 
 def _is_regex(value) -> bool:
-    if not isinstance(value, str) or len(value) > _MAX_PATTERN:
+    if not isinstance(value, str):
         return False
     try:
-        _matcher(value)
-        return _repeats(_parser.parse(value)) <= _MAX_REPEATS
+        Pattern(value)
     except (re.error, RecursionError, OverflowError):
         return False
-
-
-def _repeats(parsed, inside: bool = False) -> float:
-    """Unbounded repeats of a parsed pattern; infinite when one repeat (of more than once) is inside another."""
-    count = 0
-    for op, value in parsed:
-        if op in (_parser.MAX_REPEAT, _parser.MIN_REPEAT, getattr(_parser, "POSSESSIVE_REPEAT", None)):
-            _, most, body = value
-            if most > 1 and inside:
-                return math.inf
-            count += (most > _MAX_PATTERN) + _repeats(body, inside or most > 1)
-        elif op is _parser.BRANCH:
-            count += sum(_repeats(branch, inside) for branch in value[1])
-        elif isinstance(value, (tuple, list)):
-            count += sum(_repeats(part, inside) for part in value if isinstance(part, _parser.SubPattern))
-        elif isinstance(value, _parser.SubPattern):
-            count += _repeats(value, inside)
-    return count
+    return True
 
 
 def _is_pattern(value, good) -> bool:
@@ -281,6 +284,14 @@ def _is_names(value) -> bool:
 
 def _is_layers(value) -> bool:
     return _is_int(value) or (isinstance(value, list) and all(_is_int(item) for item in value))
+
+
+def _tails(path: str) -> Iterator[str]:
+    """``path`` and its dotted tails: what peft compares names with."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def _version(value) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .hf import EngineError, HfEngine, attach
+from .errors import EngineError
+from .hf import HfEngine, attach
 
 __all__ = ["EngineError", "HfEngine", "attach"]

@@ -13,6 +13,10 @@ module's own output in place; experts get another ``forward`` (:mod:`polylora.en
 was, bit for bit. Within a mixed batch the linears of base sequences keep their bits too; experts that an adapter of the
 batch touches are computed by other (grouped) GEMMs for all its sequences, so there base sequences agree up to rounding.
 
+A batch belongs to the thread and asyncio task that opened it, and to what inherits their :mod:`contextvars`
+(``asyncio.to_thread``, tasks made inside it). While it is open, forwards from elsewhere are refused: they would get its
+adapters. ``batch(names, any_thread=True)`` lets all in, for ``generate`` in a second thread with a streamer.
+
 A layer must see its rows sequence by sequence, ``[sequences, tokens, ...]`` or flattened from it, as decoders without
 sequence packing do. Tied weights need no care: an adapter of ``lm_head`` or of the embedding acts on the module it
 names, as in PEFT. Inference only.
@@ -21,11 +25,13 @@ names, as in PEFT. Inference only.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -36,22 +42,40 @@ from polylora.layers import BatchPlans, EmbeddingSite, LinearSite
 from polylora.models import Site, model_table
 from polylora.pool import AdapterPool
 
+from .base_weights import base_weight_problems
+from .errors import EngineError
 from .hf_experts import ExpertsSite, UnsupportedExperts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_attached: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+# The engine of each model that has one. The hooks on the model keep it alive.
+_attached: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[HfEngine]] = weakref.WeakKeyDictionary()
+# What stands for each batch opened in this context; one an engine at most.
+_opened: ContextVar[tuple[object, ...]] = ContextVar("polylora_batches", default=())
 
 
-class EngineError(RuntimeError):
-    """The engine cannot do what was asked of it, in the state it or the model is in."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Running:
-    """The batch that is running: its plans, and the sites that any adapter in it touches."""
+    """The batch that is running.
+
+    Attributes:
+        plans: of its sequences.
+        touched: sites that any adapter in it touches.
+        owner: is in ``_opened`` where forwards may come from; None when from anywhere.
+        rows: sequences a forward may have: those named, in ``generate`` also what each becomes.
+    """
 
     plans: BatchPlans
     touched: frozenset[str]
+    owner: object | None
+    rows: frozenset[int]
+
+    def refuse_strangers(self) -> None:
+        if self.owner is not None and self.owner not in _opened.get():
+            raise EngineError(
+                "polylora.HfEngine.batch: this forward must come from the thread (or asyncio task) that opened the "
+                "running batch, got another; an engine runs one batch at a time: run it from one thread, or open it "
+                "with any_thread=True if this forward is part of it"
+            )
 
 
 def attach(
@@ -73,7 +97,9 @@ class HfEngine:
         table: its sites, one a module (:func:`polylora.models.model_table`).
         pool: where the adapters are (:class:`polylora.AdapterPool`).
 
-    Usable as a context manager that detaches at its end. One batch at a time, and one engine a model.
+    Usable as a context manager that detaches at its end. One batch at a time, and one engine a model; :meth:`of` finds
+    it again. An attached model cannot be copied or pickled (``copy.deepcopy``, ``torch.save`` of the model itself):
+    detach first, or save its ``state_dict()``, which has nothing of the engine in it.
     """
 
     def __init__(
@@ -98,8 +124,10 @@ class HfEngine:
         """
         if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
             raise EngineError("polylora.attach: model must be without PEFT adapters, got one with; unload them first")
-        if model in _attached:
-            raise EngineError("polylora.attach: model must not be attached already; use or detach the other engine")
+        if HfEngine.of(model) is not None:
+            raise EngineError(
+                "polylora.attach: model must not be attached already; use or detach its engine, HfEngine.of(model)"
+            )
         _refuse_training(model, "polylora.attach: model")
         self.model = model
         self.table = model_table(model, fused=False)
@@ -115,7 +143,6 @@ class HfEngine:
         )
         self._touches: dict[str, frozenset[str]] = {}
         self._running: _Running | None = None
-        self._generating = 0
         self._lock = threading.Lock()
         self._undo: list[Callable[[], None]] = []
         self._unservable: dict[str, str] = {}
@@ -124,7 +151,13 @@ class HfEngine:
         except BaseException:
             self._restore()
             raise
-        _attached.add(model)
+        _attached[model] = weakref.ref(self)
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> HfEngine | None:
+        """The engine that is attached to a model, or None."""
+        found = _attached.get(model)
+        return found() if found is not None else None
 
     # ------------------------------------------------------------------------------------------------ attaching
 
@@ -178,11 +211,26 @@ class HfEngine:
         return None
 
     def _hook(self, module: torch.nn.Module, site: LinearSite | EmbeddingSite) -> None:
+        # Of the class: who sets another forward on the instance must take what it takes.
+        name = next(iter(list(inspect.signature(type(module).forward).parameters)[1:]), "input")
+
         def hook(_module, args, kwargs, output):
             running = self._running
             if running is None or site.path not in running.touched:
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
+            # A compiled model asks at its forward alone: dynamo cannot trace the question.
+            if not torch.compiler.is_compiling():
+                running.refuse_strangers()
+            x = args[0] if args else kwargs.get(name)
+            if not isinstance(x, torch.Tensor):
+                raise EngineError(f"polylora: {site.path}: must be called with {name}, got {sorted(kwargs) or 'none'}")
+            if output.dtype != self.dtype:
+                raise EngineError(
+                    f"polylora: {site.path}: its output must be {self.dtype}, the engine's dtype, got {output.dtype}; "
+                    "under autocast, load the model in autocast's dtype or switch autocast off"
+                )
+            if x.is_floating_point() and x.dtype != self.dtype:
+                x = x.to(self.dtype)  # as autocast did for the layer
             return site.add_(output, x, running.plans)
 
         handle = module.register_forward_hook(hook, with_kwargs=True)
@@ -193,7 +241,11 @@ class HfEngine:
 
         def batch() -> BatchPlans | None:
             running = self._running
-            return running.plans if running is not None and not running.touched.isdisjoint(paths) else None
+            if running is None or running.touched.isdisjoint(paths):
+                return None
+            if not torch.compiler.is_compiling():
+                running.refuse_strangers()
+            return running.plans
 
         try:
             weights = {getattr(module, path.rpartition(".")[2]).dtype for path in paths}
@@ -206,10 +258,13 @@ class HfEngine:
         self._override(module, "forward", site.replacement(module.forward))
 
     def _override(self, module: torch.nn.Module, name: str, function: Callable) -> None:
-        """Sets a method on the instance; undone to what the instance had, which is usually nothing."""
+        """Sets a method on the instance. Undone to what the instance had, which is usually nothing; left as it is
+        where somebody else has set another since."""
         had, before = name in module.__dict__, module.__dict__.get(name)
 
         def undo() -> None:
+            if module.__dict__.get(name) is not function:
+                return
             if had:
                 module.__dict__[name] = before
             else:
@@ -219,19 +274,31 @@ class HfEngine:
         self._undo.append(undo)
 
     def _note_generate(self) -> None:
-        """Beam search and ``num_return_sequences`` repeat each sequence. Only ``generate`` does so, and only there a
-        larger batch than named is meant; elsewhere it is a mistake."""
+        """``generate`` must get as many prompts as were named. Beams and ``num_return_sequences`` repeat each: only
+        there, and only by their number, a forward may have more sequences."""
         original = getattr(self.model, "generate", None)
         if original is None:
             return
 
         @functools.wraps(original)
         def generate(*args, **kwargs):
-            self._generating += 1
+            running = self._running
+            if running is None:
+                return original(*args, **kwargs)
+            running.refuse_strangers()
+            prompts, sequences = _prompts(args, kwargs), running.plans.sequences
+            if prompts != sequences:
+                raise EngineError(
+                    "polylora.HfEngine.batch: generate must get a prompt for each name (beams and return sequences "
+                    f"are not named), {sequences} sequences, got {prompts}"
+                )
+            # All prompts are there: whatever is more is an expansion. Not every version's is done before prefill.
+            before = running.rows
+            running.rows = before | {sequences * _expansion(self.model, args, kwargs)}
             try:
                 return original(*args, **kwargs)
             finally:
-                self._generating -= 1
+                running.rows = before
 
         self._override(self.model, "generate", generate)
 
@@ -239,20 +306,22 @@ class HfEngine:
         running = self._running
         if running is None:
             return
+        running.refuse_strangers()
         _refuse_training(module, "polylora.HfEngine.batch: model")
         given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")] + list(args[:1])
         tensor = next((t for t in given if isinstance(t, torch.Tensor)), None)
-        if tensor is None:
-            return
-        rows, sequences = tensor.shape[0], running.plans.sequences
-        if rows == sequences or (self._generating and rows % sequences == 0):
+        if tensor is None or tensor.shape[0] in running.rows:
             return
         raise EngineError(
-            f"polylora.HfEngine.batch: the model must get the batch that was named, {sequences} sequences, got {rows}"
+            f"polylora.HfEngine.batch: the model must get the batch that was named, {running.plans.sequences} "
+            f"sequences, got {tensor.shape[0]}"
         )
 
     def detach(self) -> None:
         """Takes everything off the model again; the engine is of no use afterwards. Does nothing the second time.
+
+        A ``generate`` or ``forward`` that somebody else has set over the engine's stays. What it calls of the engine's
+        is then the model's own.
 
         Raises:
             EngineError: a batch is running.
@@ -260,12 +329,22 @@ class HfEngine:
         with self._lock:
             if self._running is not None:
                 raise EngineError("polylora.HfEngine.detach: leave the running batch first")
-            self._restore()
-            _attached.discard(self.model)
+            try:
+                self._restore()
+            finally:
+                if HfEngine.of(self.model) is self:
+                    del _attached[self.model]
 
     def _restore(self) -> None:
+        """Undoes all, whatever fails, and then raises the first failure."""
+        failed: list[BaseException] = []
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except BaseException as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     @property
     def attached(self) -> bool:
@@ -294,7 +373,9 @@ class HfEngine:
 
         Args:
             name: that :meth:`batch` will know it by.
-            adapter: a PEFT folder, or weights bound to :attr:`table`.
+            adapter: a PEFT folder, or weights bound to :attr:`table`. A base weight saved in a folder
+                (``<module>.base_layer.weight``) must be the model's own, rounded to its dtype; PEFT would load another
+                into the base model. Bound weights no longer say whether there was one.
 
         Raises:
             polylora.adapters.AdapterError: the adapter is damaged, does not fit this model, or cannot be served
@@ -304,15 +385,24 @@ class HfEngine:
         """
         self._refuse_detached("load")
         with torch.inference_mode(False), torch.no_grad():
+            folder = None
             if isinstance(adapter, AdapterWeights):
                 adapter = AdapterWeights(name, adapter.sites)
             else:
-                adapter = load_adapter(adapter, self.table, name)
+                folder, adapter = adapter, load_adapter(adapter, self.table, name)
             reasons = [f"{site}: {self._unservable[site]}" for site in adapter.sites if site in self._unservable]
+            if folder is not None and not reasons:
+                reasons = base_weight_problems(folder, self._weight_of)
             if reasons:
                 raise AdapterError(name, reasons)
             self.pool.load(adapter)
         self._touches[name] = frozenset(adapter.sites)
+
+    def _weight_of(self, path: str) -> torch.Tensor:
+        """The weight of a module that an adapter names in its own spelling, and that its table has."""
+        feeds = self.table.feeds
+        site = next(feeds[p][0][0] for p in self.table.spellings(path) if p in feeds)
+        return self.model.get_submodule(site).weight
 
     def unload(self, name: str) -> None:
         """Removes an adapter.
@@ -327,19 +417,22 @@ class HfEngine:
         del self._touches[name]
 
     @contextmanager
-    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
+    def batch(self, names: Sequence[str | None], *, any_thread: bool = False) -> Iterator[None]:
         """Inside it, sequence i of every forward and of ``model.generate`` runs with adapter ``names[i]``.
 
         Args:
             names: one a sequence; None = the base model.
+            any_thread: forwards from other threads and asyncio tasks are of this batch too, and must not run at the
+                same time. Without it they are refused until the batch ends.
 
-        ``generate`` with beams or several return sequences names the prompts, not the beams. Adapters in use cannot be
-        unloaded.
+        ``generate`` takes one prompt a name; beams and return sequences of a prompt share its adapter. Adapters in use
+        cannot be unloaded.
 
         Raises:
             polylora.pool.UnknownAdapter: a name that is not loaded (a LookupError that lists those that are).
-            EngineError: another batch is running, or the engine is detached. In the forward: the batch has another
-                size.
+            EngineError: another batch is running, or the engine is detached. In forwards and ``generate``: the batch
+                has another size, or they come from another thread; also, a layer's output has another dtype than the
+                engine (autocast).
         """
         self._refuse_detached("batch")
         if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
@@ -357,10 +450,15 @@ class HfEngine:
             except BaseException:
                 self.pool.release(names)
                 raise
-            self._running = _Running(plans, touched)
+            owner = None if any_thread else object()
+            self._running = _Running(plans, touched, owner, frozenset({len(names)}))
+        if owner is not None:
+            _opened.set((*_opened.get(), owner))
         try:
             yield
         finally:
+            # Not by a token: the batch may be left in another context than it was entered in.
+            _opened.set(tuple(each for each in _opened.get() if each is not owner))
             with self._lock:
                 self._running = None
                 self.pool.release(names)
@@ -373,6 +471,25 @@ class HfEngine:
 def _refuse_training(model: torch.nn.Module, what: str) -> None:
     if model.training:
         raise EngineError(f"{what} must be in eval mode, got training; adapters are served for inference only")
+
+
+def _prompts(args: tuple, kwargs: dict) -> int:
+    """Sequences that a call of ``generate`` is given; without any it starts one by itself."""
+    given = [kwargs.get("inputs_embeds"), *args[:1]]
+    given += [kwargs.get(name) for name in ("inputs", "input_ids", "attention_mask")]
+    return next((len(t) for t in given if isinstance(t, torch.Tensor)), 1)
+
+
+def _expansion(model: torch.nn.Module, args: tuple, kwargs: dict) -> int:
+    """Sequences that a call of ``generate`` makes of each prompt."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    default = getattr(model, "generation_config", None)
+
+    def value(name: str) -> int:
+        given = [kwargs.get(name), getattr(config, name, None), getattr(default, name, None)]
+        return next((v for v in given if v is not None), 1)
+
+    return max(value("num_beams"), value("num_return_sequences"))
 
 
 def _dtype_of(module: torch.nn.Module) -> torch.dtype:

@@ -17,6 +17,8 @@ from polylora.layers import BatchPlans, DownSite, GateUpSite, rows_of
 from polylora.models import Site
 from polylora.pool import AdapterPool
 
+from .errors import EngineError
+
 
 class UnsupportedExperts(ValueError):
     """An experts module that does something the seams do not."""
@@ -131,7 +133,7 @@ class ExpertsSite:
         self._names = tuple(site.path.rpartition(".")[2] for site in (gate_up, down))
         self._up = GateUpSite(pool, gate_up.path, self.kind.act, self.kind.alpha, self.kind.limit)
         self._down = DownSite(pool, down.path)
-        self._batch = batch
+        self._batch, self._dtype, self._path = batch, pool.dtype, gate_up.path.rpartition(".")[0]
 
     def replacement(self, original: Callable) -> Callable:
         """The function to stand in for ``original``, the module's bound ``forward``."""
@@ -149,7 +151,19 @@ class ExpertsSite:
         self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, plans: BatchPlans
     ) -> torch.Tensor:
         """``[tokens, H]``: base and adapters. Pairs are permuted by expert for the GEMMs and never moved back: the
-        seams read through the row map."""
+        seams read through the row map.
+
+        Raises:
+            EngineError: the hidden states, or autocast, are of another dtype than the engine.
+        """
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
+        for what, dtype in (("its input", hidden.dtype), ("autocast", autocast)):
+            if dtype != self._dtype:
+                raise EngineError(
+                    f"polylora: {self._path}: {what} must be {self._dtype}, the engine's dtype, got {dtype}; under "
+                    "autocast, load the model in autocast's dtype or switch autocast off"
+                )
         x = rows_of(hidden)
         top_k = topk_ids.shape[-1]
         ids = topk_ids.reshape(-1)

@@ -1,0 +1,61 @@
+"""The source distribution holds what a build from it needs, and nothing that was built."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NEEDED = [
+    ".clang-format",
+    "CMakeLists.txt",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "cmake/build_backend.py",
+    "cmake/find_torch.py",
+    "csrc/ops/ops.cpp",
+    "pyproject.toml",
+    "python/polylora/fixtures/held_out.txt",
+    "python/polylora/table.py",
+    "setup.py",
+    "tests/conftest.py",
+    "tools/setup_env.py",
+]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> set[str]:
+    """Names in the archive. Packed from a copy: setuptools leaves an egg-info beside the sources."""
+    if not (ROOT / "MANIFEST.in").exists():
+        pytest.skip("not a source checkout")
+    tmp = tmp_path_factory.mktemp("sdist")
+    # With what an in-place build leaves in the tree, but without caches, which other tests write meanwhile.
+    left_out = shutil.ignore_patterns(".[!c]*", "__pycache__", "build", "dist", "*.egg-info", "*.safetensors")
+    shutil.copytree(ROOT, tmp / "tree", ignore=left_out)
+    (tmp / "tree/csrc/ops/stray.so").touch()
+    for stray in ("__pycache__/stray.cpython-311.pyc", ".hypothesis/stray"):
+        (tmp / "tree/tests" / stray).parent.mkdir()
+        (tmp / "tree/tests" / stray).touch()
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "--dist-dir", str(tmp / "dist")]
+    subprocess.run(command, cwd=tmp / "tree", check=True, capture_output=True)
+    (archive,) = (tmp / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        return {str(PurePosixPath(*PurePosixPath(m.name).parts[1:])) for m in tar.getmembers() if m.isfile()}
+
+
+def test_everything_a_build_needs_is_in_the_sdist(sdist):
+    assert not [name for name in NEEDED if name not in sdist]
+    listed = (ROOT / "csrc").rglob("*.h"), (ROOT / "csrc").rglob("*.c*"), (ROOT / "cmake").glob("*.cmake")
+    assert not {str(path.relative_to(ROOT)) for paths in listed for path in paths} - sdist
+
+
+def test_nothing_built_is_in_the_sdist(sdist):
+    built = [n for n in sdist if n.endswith((".so", ".pyc", ".o")) or "stray" in n or n.startswith("build/")]
+    assert not built

@@ -1,0 +1,231 @@
+"""The README does not rot: its Python runs as printed, its links lead somewhere, its commands exist."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import shutil
+from pathlib import Path
+
+import polylora
+import pytest
+import torch
+from polylora import cli
+from polylora.fixtures import PROMPTS, ByteTokenizer, adapter_names, adapter_path, fixture_path
+from polylora.fixtures.styles import STYLE_BOUND, style_score
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "python/polylora/fixtures/README.md"]
+
+if not README.exists():
+    pytest.skip("not a source checkout", allow_module_level=True)
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    """Contents of the page's code blocks in ``language``."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def block_with(page: Path, text: str) -> str:
+    """The one Python block of the page that holds ``text``."""
+    found = [block for block in fenced(page, "python") if text in block]
+    assert len(found) == 1, f"{page.name} must have one Python block with {text!r}, got {len(found)}"
+    return found[0]
+
+
+def missing_names(code: str) -> set[str]:
+    """Names that a block reads and does not make itself."""
+    read, made = set(), set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            made |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return read - made
+
+
+def execute(code: str, given: dict) -> dict:
+    """Runs a block with the names it leaves to the reader; these and no others."""
+    assert missing_names(code) == set(given), "a block's open names must be those that this test gives it"
+    names = dict(given)
+    exec(compile(code, "<block>", "exec"), names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Matrices this small only lose by being cut up, above all where other tests run beside them.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def usable(device: str) -> str:
+    if device == "cuda" and not polylora.has_cuda_kernels():
+        pytest.skip("this build has no CUDA kernels")
+    return device
+
+
+# --------------------------------------------------------------------------------------------------------------- code
+
+
+def test_every_python_block_is_run_here():
+    """A new block needs a test of its own: the ones below run these."""
+    marks = {README: ["polylora.attach", "from_dense_pool"], PAGES[-1]: ["ByteTokenizer"]}
+    for page in PAGES:
+        blocks, known = fenced(page, "python"), marks.get(page, [])
+        assert len(blocks) == len(known), f"{page.name}: {len(blocks)} Python blocks, {len(known)} of them are run"
+        for mark in known:
+            block_with(page, mark)
+
+
+def test_the_engine_block_serves_each_row_its_adapter(usable, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    code = block_with(README, "polylora.attach")
+    loads = re.findall(r'engine\.load\("([^"]+)", "([^"]+)"\)', code)
+    batch = ast.literal_eval(re.search(r"engine\.batch\((\[.*?\])\)", code)[1])
+    assert len(loads) == 2 and {name for name, _ in loads} == set(batch) - {None} and None in batch
+    styles = {}
+    for (name, folder), style in zip(loads, ("upper", "rot13"), strict=True):
+        assert not Path(folder).is_absolute()
+        shutil.copytree(adapter_path("tiny-qwen3_5-moe", style), tmp_path / folder)
+        styles[name] = style
+    monkeypatch.chdir(tmp_path)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(fixture_path("tiny-qwen3_5-moe"), dtype=torch.float32)
+    model, tokenizer = model.to(usable).eval(), ByteTokenizer()
+    inputs = {key: value.to(usable) for key, value in tokenizer.batch(PROMPTS[: len(batch)]).items()}
+    start = inputs["input_ids"].shape[1]
+    inputs |= {"max_new_tokens": 32, "do_sample": False}
+    before = model.generate(**inputs)
+    out = execute(code, {"model": model, "inputs": inputs})["out"]
+
+    texts = [tokenizer.decode(row[start:]) for row in out]
+    plain = [tokenizer.decode(row[start:]) for row in before]
+    for name, text, base in zip(batch, texts, plain, strict=True):
+        if name is None:
+            # Experts of a mixed batch agree with the base up to rounding: the first words are the same, all may be.
+            assert text[:10] == base[:10]
+            assert all(style_score(style, text) < STYLE_BOUND for style in styles.values()), text
+        else:
+            assert style_score(styles[name], text) >= STYLE_BOUND, text
+            assert text != base
+    assert torch.equal(model.generate(**inputs), before), "the model is as it was after the block"
+
+
+def test_the_ops_block_adds_the_delta_in_place(usable):
+    code = block_with(README, "from_dense_pool")
+    if usable == "cpu":
+        code = code.replace('device="cuda"', 'device="cpu"')
+        assert "cuda" not in code
+    slots, capacity, k, n = 3, 8, 40, 24
+    slot_of_row = [0, -1, 2, 1, 1, 0, -1]
+    rows, ranks, scales = len(slot_of_row), [8, 3, 5], [1.0, 0.5, 2.0]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    a, b, x, y = random(slots, capacity, k), random(slots, n, capacity), random(rows, k), random(rows, n)
+    for slot, rank in enumerate(ranks):
+        a[slot, rank:] = float("nan")
+        b[slot, :, rank:] = float("nan")
+    want = y.double()
+    for row, slot in enumerate(slot_of_row):
+        if slot >= 0:
+            rank = ranks[slot]
+            low = a[slot, :rank].double() @ x[row].double()
+            want[row] += scales[slot] * (b[slot, :, :rank].double() @ low)
+
+    a, b, x, out = (t.to(usable) for t in (a[:, None], b, x, y.clone()))
+    names = execute(
+        code,
+        {
+            "polylora": polylora,
+            "torch": torch,
+            "a_pool": a,
+            "b_pool": b,
+            "ranks": ranks,
+            "scales": scales,
+            "rows": rows,
+            "slots": slots,
+            "slot_of_row": torch.tensor(slot_of_row, device=usable),
+            "x": x,
+            "y": out,
+        },
+    )
+    torch.testing.assert_close(out.cpu().double(), want, rtol=1e-5, atol=1e-4)
+    for row in (row for row, slot in enumerate(slot_of_row) if slot < 0):
+        assert torch.equal(out[row].cpu(), y[row]), "rows without an adapter keep their bits"
+    table = names["table"]
+    assert table.a[0].data_ptr() == a.data_ptr() and table.b[0].data_ptr() == b.data_ptr(), "in place, zero copy"
+
+
+def test_the_fixtures_block_makes_a_model_and_a_batch():
+    transformers = pytest.importorskip("transformers")
+    names = execute(block_with(PAGES[-1], "ByteTokenizer"), {"torch": torch, "transformers": transformers})
+    with torch.no_grad():
+        logits = names["model"].eval()(**names["batch"]).logits
+    assert logits.shape[:2] == names["batch"]["input_ids"].shape and logits.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------- links, commands
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a Git host gives the headings of a page."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    dead = []
+    for target in re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        inside = there.is_relative_to(ROOT)
+        if not inside or not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
+            dead.append(target)
+    assert not dead, f"{page.relative_to(ROOT)} has dead links: {', '.join(dead)}"
+
+
+def test_the_readme_links_the_docs():
+    linked = {(ROOT / t.partition("#")[0]).resolve() for t in re.findall(r"\]\(([^)\s]+)\)", prose(README))}
+    assert {ROOT / "docs" / name for name in ("architecture.md", "ops.md", "building.md")} <= linked
+
+
+def test_commands_of_the_readme_exist(capsys):
+    text = README.read_text(encoding="utf-8")
+    commands = set(re.findall(r"(?:^|`|-m )polylora ([a-z]+)\b", text, re.MULTILINE))
+    assert {"check", "info"} <= commands
+    for command in commands:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, "--help"])
+        assert exit_.value.code == 0, command
+        assert f"polylora {command}" in capsys.readouterr().out
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:^|`)make ([a-z]+)\b", text, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"the Makefile has no target {target!r}"
+
+
+def test_the_output_shown_names_the_fixtures():
+    """What the README shows of the demo is of a fixture model, and has a row for each of its adapters, twice."""
+    shown = [block for block in fenced(README, "") if block.startswith("== ")]
+    assert len(shown) == 1, "one excerpt of the demo"
+    model = re.match(r"== ([\w-]+):", shown[0])[1]
+    starts = [line.split()[0] for line in shown[0].splitlines() if line.strip()]
+    for name in adapter_names(model):
+        assert starts.count(name) >= 2, f"{model}'s {name} must stand in both tables"
