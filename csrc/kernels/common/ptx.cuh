@@ -34,10 +34,38 @@ __device__ __forceinline__ uint32_t transpose_m8n8(uint32_t x) {
   return y;
 }
 
-/// ld.global.nc.L1::no_allocate.v4: weights, read once
-__device__ __forceinline__ uint4 load_weights16(const void* p) {
+/// ld.global.nc.L1::no_allocate.v4 under a predicate, else zeros: weights, read once. No branch, so the loads of a loop
+/// body are all on their way before the first is waited for.
+__device__ __forceinline__ uint4 load_weights16_if(bool condition, const void* p) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<uint32_t>(condition)));
+  return v;
+}
+
+/// ld.global.v4 under a predicate, else zeros
+__device__ __forceinline__ uint4 load16_if(bool condition, const void* p) {
+  uint4 v;
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<uint32_t>(condition)));
   return v;
 }
 

@@ -33,7 +33,7 @@ constexpr int kUnitK = 32;     // k elements that a quad loads at once: 4 thread
 constexpr int kUnitN = 16;     // outputs of one mma
 constexpr int kPassTiles = 2;  // rank tiles of 16 that a pass over K accumulates
 constexpr int kPassRanks = 16 * kPassTiles;
-constexpr int kUnrollK = 2;           // units of K in flight
+constexpr int kUnrollK = 3;           // units of K in flight
 constexpr int kUnrollN = 2;           // units of outputs in flight
 constexpr int kPad = 4;               // floats between rows in shared memory, against bank conflicts
 constexpr int kMaxSmem = 110 * 1024;  // two blocks an SM: the next call's can prepare beside this one's
@@ -240,13 +240,11 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cluster(const __grid_const
         for (int u = 0; u < kUnrollK; ++u) {
           const int at = (unit + u * kWarps) * kUnitK;
           const bool inside = unit + u * kWarps < k.end && at + 8 * t < k_size;
-          frag_x[u] = {0, 0, 0, 0};
-          if (inside && row >= 0) frag_x[u] = *reinterpret_cast<const uint4*>(x + at);
+          frag_x[u] = ptx::load16_if(inside && row >= 0, x + at);
 #pragma unroll
           for (int i = 0; i < 2 * kPassTiles; ++i) {
-            uint4& frag = frag_a[u][i / 2][i % 2];
-            frag = {0, 0, 0, 0};
-            if (inside && base + 8 * i + g < rank) frag = ptx::load_weights16(a + int64_t{base / 8 + i} * a_8rows + at);
+            frag_a[u][i / 2][i % 2] =
+                ptx::load_weights16_if(inside && base + 8 * i + g < rank, a + int64_t{base / 8 + i} * a_8rows + at);
           }
         }
 #pragma unroll
@@ -369,29 +367,36 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cluster(const __grid_const
         }
       } else if (b_aligned && rank % 8 == 0) {
         const T* from = b + int64_t{unit * kUnitN + g} * b_pitch + 8 * t;
-#pragma unroll 2
-        for (int r0 = 0; r0 < rank; r0 += 32) {
-          uint4 frag_v{0, 0, 0, 0};
-          uint4 frag_b[kUnrollN][2] = {};
-          if (r0 + 8 * t < rank) {
-            if (row >= 0) frag_v = *reinterpret_cast<const uint4*>(v + 4 * t + r0);
+        constexpr int kChunks = 2;  // of 32 ranks, in flight together
+#pragma unroll 1
+        for (int r0 = 0; r0 < rank; r0 += 32 * kChunks) {
+          uint4 frag_b[kChunks][kUnrollN][2];
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c) {
+            const bool live = r0 + 32 * c + 8 * t < rank;
 #pragma unroll
             for (int i = 0; i < 2 * kUnrollN; ++i) {
-              if ((unit + i / 2 * kWarps) * kUnitN + i % 2 * 8 >= n_last) continue;
-              const int offset = (i / 2 * kWarps * kUnitN + i % 2 * 8) * b_pitch + r0;
-              frag_b[i / 2][i % 2] = ptx::load_weights16(from + offset);
+              const bool inside = (unit + i / 2 * kWarps) * kUnitN + i % 2 * 8 < n_last;
+              const int offset = (i / 2 * kWarps * kUnitN + i % 2 * 8) * b_pitch + r0 + 32 * c;
+              frag_b[c][i / 2][i % 2] = ptx::load_weights16_if(live && inside, from + offset);
             }
           }
-          const uint32_t operand_v0[2] = {frag_v.x, frag_v.y};
-          const uint32_t operand_v1[2] = {frag_v.z, frag_v.w};
 #pragma unroll
-          for (int i = 0; i < kUnrollN; ++i) {
-            const uint4 low = frag_b[i][0];
-            const uint4 high = frag_b[i][1];
-            const uint32_t operand_b0[4] = {low.x, high.x, low.y, high.y};
-            const uint32_t operand_b1[4] = {low.z, high.z, low.w, high.w};
-            ptx::mma_m16n8k16<T>(acc[i], operand_b0, operand_v0);
-            ptx::mma_m16n8k16<T>(acc[i], operand_b1, operand_v1);
+          for (int c = 0; c < kChunks; ++c) {
+            const int r = r0 + 32 * c;
+            uint4 frag_v{0, 0, 0, 0};
+            if (r + 8 * t < rank && row >= 0) frag_v = *reinterpret_cast<const uint4*>(v + 4 * t + r);
+            const uint32_t operand_v0[2] = {frag_v.x, frag_v.y};
+            const uint32_t operand_v1[2] = {frag_v.z, frag_v.w};
+#pragma unroll
+            for (int i = 0; i < kUnrollN; ++i) {
+              const uint4 low = frag_b[c][i][0];
+              const uint4 high = frag_b[c][i][1];
+              const uint32_t operand_b0[4] = {low.x, high.x, low.y, high.y};
+              const uint32_t operand_b1[4] = {low.z, high.z, low.w, high.w};
+              ptx::mma_m16n8k16<T>(acc[i], operand_b0, operand_v0);
+              ptx::mma_m16n8k16<T>(acc[i], operand_b1, operand_v1);
+            }
           }
         }
       } else {
@@ -492,11 +497,12 @@ Shape shape_of(const LoraParams& p) {
                      static_cast<int32_t>(p.slices.col[s])};
     widest = widest > p.slices.width[s] ? widest : p.slices.width[s];
   }
-  // about one block an SM; few blocks a cluster where each would have little to do
+  // about one block an SM; few blocks a cluster where each would have little to do, or where there is much for all
   const int64_t runs = plan_max_runs(p.rows, p.plan.groups);
   const int64_t slice_bytes = (p.k + widest) * (p.v_width / p.slices.count) * 2;
   shape.blocks = slice_bytes >= 16 * 24 * 1024 ? 16 : 8;
-  while (shape.blocks > 2 && runs * p.slices.count * shape.blocks > 150) shape.blocks /= 2;
+  const int64_t most_blocks = slice_bytes > 1024 * 1024 ? 75 : 150;
+  while (shape.blocks > 2 && runs * p.slices.count * shape.blocks > most_blocks) shape.blocks /= 2;
   task.v_rows = static_cast<int32_t>(min64(p.rows, kRows));
   task.v_ranks = (static_cast<int>(min64(p.v_width, kMaxRank)) + kPassRanks - 1) / kPassRanks * kPassRanks;
   const auto v_bytes = [&] {
