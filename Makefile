@@ -14,7 +14,7 @@ demo: build
 	$(PY) -m polylora demo
 
 test: build
-	ctest --test-dir $$($(PY) tools/build_dir.py) --output-on-failure
+	$(VENV)/bin/ctest --test-dir $$($(PY) tools/build_dir.py) --output-on-failure
 	$(PY) -m pytest -n auto tests
 
 build: $(VENV)/built

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -25,9 +26,18 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = ROOT / "python" / "polylora" if self.inplace else Path(self.build_lib).resolve() / "polylora"
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        build = Path(os.environ.get("POLYLORA_BUILD_DIR", ROOT / "build" / tag))
+        build = Path(os.environ.get("POLYLORA_BUILD_DIR", ROOT / "build" / (tag if self.inplace else f"wheel-{tag}")))
+        # the environment's own cmake and ninja come first; an isolated build has its own on PATH
+        path = os.environ["PATH"]
+        if self.inplace:
+            path = os.pathsep.join([sysconfig.get_path("scripts"), path])
+        cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+        if cmake is None:
+            raise SystemExit("polylora: building needs cmake >= 3.24: pip install cmake ninja")
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            # said anew each time: an isolated build's tools are gone when the next one comes
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPOLYLORA_OUTPUT_DIR={package}",
             f"-DPOLYLORA_CUDA={os.environ.get('POLYLORA_CUDA', 'AUTO')}",
@@ -35,11 +45,11 @@ class CMakeBuild(build_ext):
         ]
         if "POLYLORA_CUDA_ARCHS" in os.environ:
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['POLYLORA_CUDA_ARCHS']}")
-        if shutil.which("ninja") and not (build / "Makefile").exists():
-            configure += ["-G", "Ninja"]
+        if ninja and not (build / "Makefile").exists():
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "polylora"

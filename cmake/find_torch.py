@@ -4,6 +4,8 @@ Not importing matters in an isolated build: there the interpreter's own site-pac
 but a torch in them is the one the user will run with, and its headers are all a build needs.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import re
 import sys

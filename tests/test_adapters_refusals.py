@@ -94,6 +94,8 @@ def test_the_plain_one_is_fine(tmp_path):
         ("r", 300),
         ("r", "8"),
         ("r", True),
+        ("lora_alpha", None),
+        ("r", None),
         ("lora_alpha", "16"),
         ("lora_alpha", float("inf")),
         ("lora_alpha", float("nan")),

@@ -23,14 +23,18 @@ def main() -> int:
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2
+    if sys.version_info < (3, 11):
+        raise SystemExit("tools/setup_env.py needs Python >= 3.11, e.g. make PYTHON=python3.12 (the package: 3.10)")
     folder = Path(sys.argv[1]).resolve()
     python = folder / "bin" / "python"
-    if not python.exists():
+    if not python.exists() or subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
         print(f"setting up {folder}")
-        venv.create(folder, with_pip=True)
+        # one whose making was broken off has no pip: made anew. Nothing but an environment is ever cleared
+        venv.create(folder, with_pip=True, clear=(folder / "pyvenv.cfg").exists())
     site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    # the package is built in place and found through a path file
-    (site / "polylora-in-place.pth").write_text(f"{ROOT / 'python'}\n")
+    # The package is built in place and found through a path file. Path files are read in alphabetical order, and an
+    # installed polylora may lie beside the parent's torch: this one comes first.
+    (site / "00-polylora-in-place.pth").write_text(f"{ROOT / 'python'}\n")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     torch_dir = find_torch()
     if torch_dir:
@@ -50,12 +54,9 @@ def has_torch(python: Path) -> bool:
 
 def requirements() -> list[str]:
     """What pyproject.toml asks of a developer's environment."""
-    if sys.version_info >= (3, 11):
-        import tomllib
+    import tomllib
 
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    else:
-        raise SystemExit("tools/setup_env.py needs Python >= 3.11 (the package itself runs on 3.10)")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["engines"], *extras["dev"]]
     return [r for r in wanted if not r.startswith(("polylora", "torch"))]

@@ -82,8 +82,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.device == "auto" and device == "cpu" and torch.cuda.is_available():
         print("polylora demo: there is a GPU, but this build has no CUDA kernels: running on the CPU", file=sys.stderr)
     target = arguments.json
-    if target not in (None, "-") and not Path(target).resolve().parent.is_dir():
-        return _refuse(f"polylora demo: --json must lie in a folder that exists, got {target}")
+    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).resolve().parent.is_dir()):
+        return _refuse(f"polylora demo: --json must be a file in a folder that exists, got {target}")
 
     started = time.perf_counter()
 
@@ -176,10 +176,10 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        return _refuse(f"polylora check: needs transformers: pip install 'polylora[engines]' ({error})")
+        return _refuse(f"polylora check: needs transformers: pip install 'transformers>=5.12' 'peft>=0.18' ({error})")
     try:
         config = AutoConfig.from_pretrained(arguments.model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a config makes transformers raise
         return _refuse(f"polylora check: --model must have a config that transformers reads, got: {error}")
 
     problems: list[str] = []

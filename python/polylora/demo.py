@@ -87,7 +87,7 @@ def run(
         import transformers
     except ImportError as error:
         raise DemoError(
-            f"polylora demo: needs transformers and peft: pip install 'polylora[engines]' ({error})"
+            f"polylora demo: needs transformers and peft: pip install 'transformers>=5.12' 'peft>=0.18' ({error})"
         ) from None
     started = time.perf_counter()
     transformers.logging.set_verbosity_error()

@@ -190,7 +190,8 @@ def parse_config(raw: Any) -> tuple[LoraConfig, list[str]]:
 
     def take(key: str, default, good, expected: str):
         value = raw.get(key)
-        if value is None:
+        # null stands for "not set" where PEFT has such a value; a null number would fail there, and 8 is a guess here
+        if value is None and (key not in raw or key not in ("r", "lora_alpha")):
             return default
         if good(value):
             return value
