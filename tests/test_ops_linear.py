@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import reference as ref
 import torch
@@ -371,3 +373,12 @@ def test_linear_equals_shrink_then_expand_within_the_bound_on_one_slice_of_the_t
 def test_poison_helper_holds_nan_and_large_values():
     sample = poisoned((100, 100), torch.bfloat16, torch.Generator().manual_seed(0)).float()
     assert 0.4 < torch.isnan(sample).float().mean() < 0.6 and sample.nan_to_num().abs().max() > 100
+
+
+@pytest.mark.parametrize("adapters", [256, 300])
+@pytest.mark.parametrize("aligned", [False, True], ids=["odd", "aligned"])
+def test_hundreds_of_adapters_each_row_its_own(device, dtype, path, adapters, aligned):
+    ids = random.Random(adapters).sample(range(adapters), adapters)
+    shape = {"k": 64, "widths": (48, 16)} if aligned else {"k": 51, "widths": (41, 7)}
+    ranks = (4, 8, 16, 32)
+    run_linear(make_dense_case(device, dtype, ids=ids, groups=adapters, ranks=ranks, aligned=aligned, **shape), path)
