@@ -54,6 +54,13 @@ def test_attach_says_what_it_takes():
     assert "max_rank" in polylora.attach.__doc__
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"polylora {polylora.__version__}\n"
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--help"])

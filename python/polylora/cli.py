@@ -19,6 +19,16 @@ from typing import Any
 DONE, NO, USAGE = 0, 1, 2
 
 
+class _Version(argparse.Action):
+    """Looks the version up when asked: parsing alone must not load torch."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        import polylora
+
+        print(f"polylora {polylora.__version__}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. ``argv`` without the program's name; the process's own when None."""
     arguments = _parser().parse_args(argv)
@@ -31,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="polylora", description="Multi-LoRA kernels: every row its own adapter.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="run real adapters in one batch and hold each row against PEFT")
