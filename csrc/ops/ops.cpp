@@ -149,7 +149,7 @@ PlanView filled_plan(const Checker& check, const Tensor& plan, int64_t rows, int
 }
 
 // On the CPU what the kernels must take as it comes can be looked at: entries of the groups in use, and the row map.
-void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1) {
+void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used) {
   if (!like.is_cpu()) return;
   for (int32_t run = 0; run < p.plan.header[kPlanRuns]; ++run) {
     const int64_t group = p.plan.run_group[run];
@@ -203,7 +203,12 @@ void set_y(LoraParams& p, const Tensor& y) {
   p.y_stride = Checker::pitch(y);
 }
 
-bool nothing_to_add(const LoraParams& p) { return p.rows == 0 || p.slices.groups == 0; }
+// Whether there is anything to add; what can be looked at on the CPU is checked before it is.
+bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1) {
+  if (p.rows == 0 || p.slices.groups == 0) return false;
+  check_on_cpu(check, like, p, a_rows_used);
+  return true;
+}
 
 // ---------------------------------------------------------------------------------------------------------- plans
 
@@ -272,9 +277,7 @@ void shrink(Tensor v, Tensor x, TensorList a, Tensor table, Tensor plan) {
   p.v_width = static_cast<int32_t>(v.size(1));
   p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.scalar_type());
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
-  if (nothing_to_add(p)) return;
-  check_on_cpu(check, v, p);
-  Backend(v).shrink(p);
+  if (adds_something(check, v, p)) Backend(v).shrink(p);
 }
 
 template <class Backend>
@@ -292,9 +295,7 @@ void expand_(Tensor y, Tensor v, TensorList b, Tensor table, Tensor plan, IntLis
   p.slices = slice_set(check, {nullptr, &b, table, &widths, &cols, 1}, kAny, y.scalar_type());
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
-  if (nothing_to_add(p)) return;
-  check_on_cpu(check, y, p);
-  Backend(y).expand(p);
+  if (adds_something(check, y, p)) Backend(y).expand(p);
 }
 
 template <class Backend>
@@ -312,9 +313,7 @@ void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tenso
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   const Tensor v = scratch_v(check, p, y, v_width);
-  if (nothing_to_add(p)) return;
-  check_on_cpu(check, y, p);
-  Backend(y).linear(p);
+  if (adds_something(check, y, p)) Backend(y).linear(p);
 }
 
 template <class Backend>
@@ -347,9 +346,7 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   check_columns(check, "y", y, p.lora.slices);
   p.lora.plan = filled_plan(check, plan, p.lora.rows, p.lora.slices.groups, 0);
   p.lora.v_width = static_cast<int32_t>(kMaxInt32);
-  if (nothing_to_add(p.lora)) return;
-  check_on_cpu(check, y, p.lora, token_major ? vocab : -1);
-  Backend(y).embedding(p);
+  if (adds_something(check, y, p.lora, token_major ? vocab : -1)) Backend(y).embedding(p);
 }
 
 // ------------------------------------------------------------------------------------------------------------ MoE
@@ -415,9 +412,7 @@ void moe_gate_up_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, 
   const SliceArgs slices{&a, &b, table, &widths, &cols, col_stride};
   LoraParams p = gate_up_params(check, "y", y, x, slices, plan, top_k, row_map);
   const Tensor v = scratch_v(check, p, y, v_width);
-  if (nothing_to_add(p)) return;
-  check_on_cpu(check, y, p);
-  Backend(y).linear(p);
+  if (adds_something(check, y, p)) Backend(y).linear(p);
 }
 
 template <class Backend>
@@ -427,9 +422,7 @@ void moe_down_(Tensor y, Tensor h, TensorList a, TensorList b, Tensor table, Ten
   const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
   LoraParams p = down_params(check, "y", y, h, slices, plan, topk_weights, row_map);
   const Tensor v = scratch_v(check, p, y, v_width);
-  if (nothing_to_add(p)) return;
-  check_on_cpu(check, y, p);
-  Backend(y).linear(p);
+  if (adds_something(check, y, p)) Backend(y).linear(p);
 }
 
 template <class Backend>
@@ -455,10 +448,7 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   const Tensor v = scratch_v(check, p.lora, h, v_width);
   if (p.lora.rows == 0 || set.width[0] == 0) return;
   const Backend backend(h);
-  if (set.groups > 0) {
-    check_on_cpu(check, h, p.lora);
-    backend.shrink(p.lora);
-  }
+  if (adds_something(check, h, p.lora)) backend.shrink(p.lora);
   backend.gate_up_act(p);
 }
 
@@ -482,10 +472,7 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   const Tensor v = scratch_v(check, p.lora, out, v_width);
   if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
   const Backend backend(out);
-  if (p.lora.rows > 0 && p.lora.slices.groups > 0) {
-    check_on_cpu(check, out, p.lora);
-    backend.shrink(p.lora);
-  }
+  if (adds_something(check, out, p.lora)) backend.shrink(p.lora);
   backend.down_reduce(p);
 }
 

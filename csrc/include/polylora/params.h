@@ -76,8 +76,8 @@ inline PlanView plan_view(const int32_t* plan, int64_t rows, int64_t groups, int
                   static_cast<int32_t>(pairs)};
 }
 
-/// Whether the plan was made for the call's rows, groups and pairs. Reads the header: host memory on the CPU.
-POLYLORA_HD inline bool plan_fits(const PlanView& plan) {
+/// Whether a plan in host memory was made for the call's rows, groups and pairs. Kernels ask the same in 16-byte loads.
+inline bool plan_fits(const PlanView& plan) {
   return plan.header[kPlanVersion] == kPlanVersionValue && plan.header[kPlanRows] == plan.rows &&
          plan.header[kPlanGroups] == plan.groups && plan.header[kPlanPairs] == plan.pairs;
 }

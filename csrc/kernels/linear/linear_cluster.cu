@@ -15,9 +15,7 @@
 // Hence one slice a cluster, one shape of inner loop, 32-bit offsets, and the rare cases out of line.
 //
 // Rank and K need no padding: nothing of A or B beyond the true rank is read (it may be NaN).
-#include "common/dtype.cuh"
 #include "common/ptx.cuh"
-#include "common/rows.cuh"
 #include "linear/paths.h"
 
 // what only 9.0 and later compile would count as unused in the passes for older devices
@@ -107,6 +105,18 @@ __device__ __forceinline__ float2 unpack(uint32_t v, __nv_bfloat16) {
 }
 __device__ __forceinline__ float2 unpack(uint32_t v, __half) {
   return __half22float2(reinterpret_cast<const __half2&>(v));
+}
+
+// acc += weights * rows over 32 elements of K or of the rank: `low` and `high` are 8 elements each of rows g and g + 8
+// of the weights, `rows` the same 8 elements of row g of the other side.
+template <typename T>
+__device__ __forceinline__ void mma_32(float (&acc)[4], uint4 low, uint4 high, uint4 rows) {
+  const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
+  const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
+  const uint32_t b0[2] = {rows.x, rows.y};
+  const uint32_t b1[2] = {rows.z, rows.w};
+  ptx::mma_m16n8k16<T>(acc, a0, b0);
+  ptx::mma_m16n8k16<T>(acc, a1, b1);
 }
 
 __device__ __forceinline__ Tile load_tile(const Tile* at) {
@@ -249,17 +259,8 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cluster(const __grid_const
         }
 #pragma unroll
         for (int u = 0; u < kUnrollK; ++u) {
-          const uint32_t b0[2] = {frag_x[u].x, frag_x[u].y};
-          const uint32_t b1[2] = {frag_x[u].z, frag_x[u].w};
 #pragma unroll
-          for (int i = 0; i < kPassTiles; ++i) {
-            const uint4 low = frag_a[u][i][0];
-            const uint4 high = frag_a[u][i][1];
-            const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
-            const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
-            ptx::mma_m16n8k16<T>(acc[i], a0, b0);
-            ptx::mma_m16n8k16<T>(acc[i], a1, b1);
-          }
+          for (int i = 0; i < kPassTiles; ++i) mma_32<T>(acc[i], frag_a[u][i][0], frag_a[u][i][1], frag_x[u]);
         }
       }
 #pragma unroll
@@ -386,17 +387,8 @@ __global__ void __launch_bounds__(kThreads, 2) linear_cluster(const __grid_const
             const int r = r0 + 32 * c;
             uint4 frag_v{0, 0, 0, 0};
             if (r + 8 * t < rank && row >= 0) frag_v = *reinterpret_cast<const uint4*>(v + 4 * t + r);
-            const uint32_t operand_v0[2] = {frag_v.x, frag_v.y};
-            const uint32_t operand_v1[2] = {frag_v.z, frag_v.w};
 #pragma unroll
-            for (int i = 0; i < kUnrollN; ++i) {
-              const uint4 low = frag_b[c][i][0];
-              const uint4 high = frag_b[c][i][1];
-              const uint32_t operand_b0[4] = {low.x, high.x, low.y, high.y};
-              const uint32_t operand_b1[4] = {low.z, high.z, low.w, high.w};
-              ptx::mma_m16n8k16<T>(acc[i], operand_b0, operand_v0);
-              ptx::mma_m16n8k16<T>(acc[i], operand_b1, operand_v1);
-            }
+            for (int i = 0; i < kUnrollN; ++i) mma_32<T>(acc[i], frag_b[c][i][0], frag_b[c][i][1], frag_v);
           }
         }
       } else {

@@ -188,10 +188,9 @@ def parse_config(raw: Any) -> tuple[LoraConfig, list[str]]:
         return LoraConfig(), [f"adapter_config.json: expected an object, got {type(raw).__name__}"]
     problems = _refusals(raw)
 
-    def take(key: str, default, good, expected: str):
+    def take(key: str, default, good, expected: str, null_is_default: bool = True):
         value = raw.get(key)
-        # null stands for "not set" where PEFT has such a value; a null number would fail there, and 8 is a guess here
-        if value is None and (key not in raw or key not in ("r", "lora_alpha")):
+        if value is None and (null_is_default or key not in raw):
             return default
         if good(value):
             return value
@@ -211,8 +210,9 @@ def parse_config(raw: Any) -> tuple[LoraConfig, list[str]]:
     if isinstance(layers, int):
         layers = [layers]
     config = LoraConfig(
-        r=take("r", 8, _is_rank, f"a rank of 1..{MAX_RANK}"),
-        lora_alpha=take("lora_alpha", 8, _is_number, "a finite number"),
+        # null means "not set" where PEFT has such a value; as a rank or alpha it fails there, and 8 would be a guess
+        r=take("r", 8, _is_rank, f"a rank of 1..{MAX_RANK}", null_is_default=False),
+        lora_alpha=take("lora_alpha", 8, _is_number, "a finite number", null_is_default=False),
         use_rslora=take("use_rslora", False, lambda v: isinstance(v, bool), "true or false"),
         rank_pattern=ranks,
         alpha_pattern=alphas,
