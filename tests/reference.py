@@ -39,10 +39,12 @@ HEADER = {
     "invalid": 6,
     "max_run": 7,
     "pairs": 8,
+    "wide_tiles": 9,
 }
 HEADER_WORDS = 16
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 TILE_ROWS = 16
+WIDE_TILE_ROWS = 128
 SORT_ROWS = 8192
 MAX_SLICES = 8
 
@@ -61,6 +63,7 @@ def plan_layout(rows: int, groups: int, pairs: int = 0) -> dict[str, int]:
     """Word offsets of a plan's sections; ``words`` is the total."""
     runs = min(rows, groups)
     tiles = min(rows, rows // TILE_ROWS + runs)
+    wide_tiles = min(rows, rows // WIDE_TILE_ROWS + runs)
     sections = [
         ("row_group", rows),
         ("order", rows),
@@ -68,6 +71,7 @@ def plan_layout(rows: int, groups: int, pairs: int = 0) -> dict[str, int]:
         ("run_start", runs + 1),
         ("tile", 4 * tiles),
         ("pair_pos", pairs),
+        ("wide_tile", 4 * wide_tiles),
         ("workspace", groups if rows > SORT_ROWS else 0),
     ]
     layout, at = {}, HEADER_WORDS
@@ -154,9 +158,16 @@ def check_plan(
         if not runs or runs[-1][0] != row_group[row]:
             runs.append([row_group[row], position, 0])
         runs[-1][2] += 1
-    tiles = {
-        (start + first, run) for run, (_, start, length) in enumerate(runs) for first in range(0, length, TILE_ROWS)
-    }
+
+    def tiles_of(size: int) -> list[tuple[int, int, int, int]]:
+        """(group, pos, rows, run) of the tiles of up to ``size`` rows, none across two runs."""
+        return [
+            (group, start + first, min(size, length - first), run)
+            for run, (group, start, length) in enumerate(runs)
+            for first in range(0, length, size)
+        ]
+
+    tiles, wide_tiles = tiles_of(TILE_ROWS), tiles_of(WIDE_TILE_ROWS)
 
     header = {name: words[word] for name, word in HEADER.items()}
     want = {
@@ -169,6 +180,7 @@ def check_plan(
         "invalid": header["invalid"] if invalid is None else invalid,
         "max_run": max((length for _, _, length in runs), default=0),
         "pairs": pairs,
+        "wide_tiles": len(wide_tiles),
     }
     assert header == want, f"header: got {header}, want {want}"
 
@@ -179,10 +191,10 @@ def check_plan(
     assert_same_list("order", section("order", len(order)), order)
     assert_same_list("run_group", section("run_group", len(runs)), [run[0] for run in runs])
     assert_same_list("run_start", section("run_start", len(runs) + 1), [run[1] for run in runs] + [len(order)])
-    tile_words = section("tile", 4 * len(tiles))
-    got_tiles = [tuple(tile_words[at : at + 4]) for at in range(0, len(tile_words), 4)]
-    want_tiles = [(runs[run][0], pos, min(TILE_ROWS, runs[run][1] + runs[run][2] - pos), run) for pos, run in tiles]
-    assert_same_list("tiles (group, pos, rows, run), sorted", sorted(got_tiles), sorted(want_tiles))
+    for name, want_tiles in (("tile", tiles), ("wide_tile", wide_tiles)):
+        tile_words = section(name, 4 * len(want_tiles))
+        got_tiles = [tuple(tile_words[at : at + 4]) for at in range(0, len(tile_words), 4)]
+        assert_same_list(f"{name}s (group, pos, rows, run), sorted", sorted(got_tiles), sorted(want_tiles))
     if pair_pos is not None:
         assert_same_list("pair_pos", section("pair_pos", pairs), pair_pos)
 

@@ -32,6 +32,7 @@ def test_plan_sections_do_not_overlap(rows: int, groups: int, pairs: int):
     runs, tiles = at["max_runs"], at["max_tiles"]
     assert runs == min(rows, groups)
     assert tiles >= min(rows, rows // _host.K_TILE_ROWS + runs)
+    assert at["max_wide_tiles"] >= min(rows, rows // _host.K_WIDE_TILE_ROWS + runs)
     sizes = {
         "row_group": rows,
         "order": rows,
@@ -39,6 +40,7 @@ def test_plan_sections_do_not_overlap(rows: int, groups: int, pairs: int):
         "run_start": runs + 1,
         "tile": 4 * tiles,
         "pair_pos": pairs,
+        "wide_tile": 4 * at["max_wide_tiles"],
         "workspace": groups if rows > _host.PLAN_SORT_ROWS else 0,
     }
     end = _host.PLAN_HEADER_WORDS

@@ -21,13 +21,14 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
   int32_t* run_group = plan + at.run_group;
   int32_t* run_start = plan + at.run_start;
   Tile* tile = reinterpret_cast<Tile*>(plan + at.tile);
+  Tile* wide_tile = reinterpret_cast<Tile*>(plan + at.wide_tile);
 
   std::vector<int32_t> next(static_cast<size_t>(groups), 0);  // rows of a group, then its next position in `order`
   for (int64_t row = 0; row < rows; ++row) {
     if (row_group[row] >= 0) ++next[row_group[row]];
   }
 
-  int32_t active = 0, runs = 0, tiles = 0, max_run = 0;
+  int32_t active = 0, runs = 0, tiles = 0, wide_tiles = 0, max_run = 0;
   for (int64_t group = 0; group < groups; ++group) {
     const int32_t count = next[group];
     next[group] = active;
@@ -36,6 +37,10 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
     run_start[runs] = active;
     for (int32_t done = 0; done < count; done += kTileRows) {
       tile[tiles++] = {static_cast<int32_t>(group), active + done, std::min(kTileRows, count - done), runs};
+    }
+    for (int32_t done = 0; done < count; done += kWideTileRows) {
+      wide_tile[wide_tiles++] = {static_cast<int32_t>(group), active + done, std::min(kWideTileRows, count - done),
+                                 runs};
     }
     max_run = std::max(max_run, count);
     active += count;
@@ -57,6 +62,7 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
   plan[kPlanInvalid] = static_cast<int32_t>(invalid);
   plan[kPlanMaxRun] = max_run;
   plan[kPlanPairs] = static_cast<int32_t>(mapped_pairs);
+  plan[kPlanWideTiles] = wide_tiles;
 }
 
 /// Group of one MoE pair; the expert is judged first, the slot only where there is an expert. Counts at most one

@@ -35,10 +35,12 @@ py::dict layout_dict(int64_t rows, int64_t groups, int64_t pairs) {
   d["run_start"] = at.run_start;
   d["tile"] = at.tile;
   d["pair_pos"] = at.pair_pos;
+  d["wide_tile"] = at.wide_tile;
   d["workspace"] = at.workspace;
   d["words"] = at.words;
   d["max_runs"] = plan_max_runs(rows, groups);
   d["max_tiles"] = plan_max_tiles(rows, groups);
+  d["max_wide_tiles"] = plan_max_tiles(rows, groups, kWideTileRows);
   return d;
 }
 
@@ -48,6 +50,7 @@ void bind_layout(py::module_& m) {
   m.attr("NO_ADAPTER") = kNoAdapter;
   m.attr("NO_ROW") = kNoRow;
   m.attr("K_TILE_ROWS") = kTileRows;
+  m.attr("K_WIDE_TILE_ROWS") = kWideTileRows;
   m.attr("PLAN_SORT_ROWS") = kPlanSortRows;
   m.attr("PLAN_VERSION") = static_cast<int32_t>(kPlanVersionValue);
   m.attr("PLAN_HEADER_WORDS") = static_cast<int32_t>(kPlanHeaderWords);
@@ -61,6 +64,7 @@ void bind_layout(py::module_& m) {
   header["invalid"] = static_cast<int32_t>(kPlanInvalid);
   header["max_run"] = static_cast<int32_t>(kPlanMaxRun);
   header["pairs"] = static_cast<int32_t>(kPlanPairs);
+  header["wide_tiles"] = static_cast<int32_t>(kPlanWideTiles);
   m.attr("PLAN_HEADER") = header;
 
   m.attr("MAX_SLICES") = kMaxSlices;
@@ -77,7 +81,8 @@ void bind_layout(py::module_& m) {
   m.attr("SLICE_ENTRY_OFFSETS") = fields;
 
   m.def("plan_layout", &layout_dict, py::arg("rows"), py::arg("groups"), py::arg("pairs") = 0,
-        "Offsets (int32 words) of the sections of a plan, its total ``words``, and ``max_runs``, ``max_tiles``.\n\n"
+        "Offsets (int32 words) of the sections of a plan, its total ``words``, and ``max_runs``, ``max_tiles``, "
+        "``max_wide_tiles``.\n\n"
         "Raises ValueError where an argument is negative or does not fit int32.");
   m.def(
       "plan_size",

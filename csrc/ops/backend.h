@@ -33,9 +33,14 @@ struct CpuBackend {
   void moe_plan(const MoePlanParams& p) const { cpu::moe_plan(p, parallel_for); }
   void shrink(const LoraParams& p) const { cpu::shrink(p, parallel_for); }
   void expand(const LoraParams& p) const { cpu::expand(p, parallel_for); }
+  int64_t shrink_scratch(const LoraParams&) const { return 0; }
+  int64_t linear_scratch(const LoraParams& p) const { return p.rows * p.v_width * int64_t{sizeof(float)}; }
   void linear(const LoraParams& p) const {
-    cpu::shrink(p, parallel_for);
-    cpu::expand(p, parallel_for);
+    LoraParams with_v = p;
+    with_v.v = static_cast<float*>(p.scratch);
+    with_v.v_stride = p.v_width;
+    cpu::shrink(with_v, parallel_for);
+    cpu::expand(with_v, parallel_for);
   }
   void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
   void gate_up_act(const GateUpActParams& p) const { cpu::gate_up_act(p, parallel_for); }
@@ -59,6 +64,16 @@ class CudaBackend {
   void moe_plan(const MoePlanParams& p) const { check("moe_plan", cuda::moe_plan(p, stream_)); }
   void shrink(const LoraParams& p) const { check("shrink", cuda::shrink(p, stream_)); }
   void expand(const LoraParams& p) const { check("expand", cuda::expand(p, stream_)); }
+  int64_t shrink_scratch(const LoraParams& p) const {
+    int64_t bytes = 0;
+    check("shrink", cuda::shrink_scratch(p, bytes));
+    return bytes;
+  }
+  int64_t linear_scratch(const LoraParams& p) const {
+    int64_t bytes = 0;
+    check("linear", cuda::linear_scratch(p, bytes));
+    return bytes;
+  }
   void linear(const LoraParams& p) const { check("linear", cuda::linear(p, stream_)); }
   void embedding(const EmbeddingParams& p) const { check("embedding", cuda::embedding(p, stream_)); }
   void gate_up_act(const GateUpActParams& p) const { check("gate_up_act", cuda::gate_up_act(p, stream_)); }

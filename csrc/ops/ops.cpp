@@ -176,6 +176,13 @@ void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p,
   }
 }
 
+// Whether there is anything to add; what can be looked at on the CPU is checked before it is.
+bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1) {
+  if (p.rows == 0 || p.slices.groups == 0) return false;
+  check_on_cpu(check, like, p, a_rows_used);
+  return true;
+}
+
 // The intermediate of an op that allocates it itself.
 Tensor scratch_v(const Checker& check, LoraParams& p, const Tensor& like, int64_t v_width) {
   check.range("v_width", v_width, 0, kMaxInt32);
@@ -184,6 +191,31 @@ Tensor scratch_v(const Checker& check, LoraParams& p, const Tensor& like, int64_
   p.v_stride = v_width;
   p.v_width = static_cast<int32_t>(v_width);
   return v;
+}
+
+// Working memory of `bytes` for one call, or nothing.
+OptionalTensor scratch(LoraParams& p, const Tensor& like, int64_t bytes) {
+  if (bytes == 0) return std::nullopt;
+  Tensor memory = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
+  p.scratch = memory.data_ptr();
+  return memory;
+}
+
+template <class Backend>
+void run_shrink(const Backend& backend, LoraParams& p, const Tensor& like) {
+  const OptionalTensor memory = scratch(p, like, backend.shrink_scratch(p));
+  backend.shrink(p);
+}
+
+// shrink and expand in one call, in whatever form the backend wants v between them.
+template <class Backend>
+void run_linear(const Checker& check, LoraParams& p, const Tensor& like, int64_t v_width) {
+  check.range("v_width", v_width, 0, kMaxInt32);
+  p.v_width = static_cast<int32_t>(v_width);
+  if (!adds_something(check, like, p)) return;
+  const Backend backend(like);
+  const OptionalTensor memory = scratch(p, like, backend.linear_scratch(p));
+  backend.linear(p);
 }
 
 const int32_t* checked_row_map(const Checker& check, const OptionalTensor& row_map, int64_t rows) {
@@ -201,13 +233,6 @@ void set_x(LoraParams& p, const Tensor& x) {
 void set_y(LoraParams& p, const Tensor& y) {
   p.y = y.data_ptr();
   p.y_stride = Checker::pitch(y);
-}
-
-// Whether there is anything to add; what can be looked at on the CPU is checked before it is.
-bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1) {
-  if (p.rows == 0 || p.slices.groups == 0) return false;
-  check_on_cpu(check, like, p, a_rows_used);
-  return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------- plans
@@ -277,7 +302,7 @@ void shrink(Tensor v, Tensor x, TensorList a, Tensor table, Tensor plan) {
   p.v_width = static_cast<int32_t>(v.size(1));
   p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.scalar_type());
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
-  if (adds_something(check, v, p)) Backend(v).shrink(p);
+  if (adds_something(check, v, p)) run_shrink(Backend(v), p, v);
 }
 
 template <class Backend>
@@ -312,8 +337,7 @@ void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tenso
   p.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, p.k, y.scalar_type());
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
-  const Tensor v = scratch_v(check, p, y, v_width);
-  if (adds_something(check, y, p)) Backend(y).linear(p);
+  run_linear<Backend>(check, p, y, v_width);
 }
 
 template <class Backend>
@@ -411,8 +435,7 @@ void moe_gate_up_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, 
   const Checker check("moe_gate_up_", y);
   const SliceArgs slices{&a, &b, table, &widths, &cols, col_stride};
   LoraParams p = gate_up_params(check, "y", y, x, slices, plan, top_k, row_map);
-  const Tensor v = scratch_v(check, p, y, v_width);
-  if (adds_something(check, y, p)) Backend(y).linear(p);
+  run_linear<Backend>(check, p, y, v_width);
 }
 
 template <class Backend>
@@ -421,8 +444,7 @@ void moe_down_(Tensor y, Tensor h, TensorList a, TensorList b, Tensor table, Ten
   const Checker check("moe_down_", y);
   const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
   LoraParams p = down_params(check, "y", y, h, slices, plan, topk_weights, row_map);
-  const Tensor v = scratch_v(check, p, y, v_width);
-  if (adds_something(check, y, p)) Backend(y).linear(p);
+  run_linear<Backend>(check, p, y, v_width);
 }
 
 template <class Backend>
@@ -448,7 +470,7 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   const Tensor v = scratch_v(check, p.lora, h, v_width);
   if (p.lora.rows == 0 || set.width[0] == 0) return;
   const Backend backend(h);
-  if (adds_something(check, h, p.lora)) backend.shrink(p.lora);
+  if (adds_something(check, h, p.lora)) run_shrink(backend, p.lora, h);
   backend.gate_up_act(p);
 }
 
@@ -472,7 +494,7 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   const Tensor v = scratch_v(check, p.lora, out, v_width);
   if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
   const Backend backend(out);
-  if (adds_something(check, out, p.lora)) backend.shrink(p.lora);
+  if (adds_something(check, out, p.lora)) run_shrink(backend, p.lora, out);
   backend.down_reduce(p);
 }
 

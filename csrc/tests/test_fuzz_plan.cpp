@@ -23,7 +23,7 @@ struct Expected {
 
 void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t rows, int64_t pairs, int seed) {
   const PlanView view = plan_view(plan.data(), rows, want.groups, pairs);
-  std::vector<int32_t> order, run_group, run_start, tiles;
+  std::vector<int32_t> order, run_group, run_start, tiles, wide_tiles;
   int32_t longest = 0;
   for (int32_t group = 0; group < want.groups; ++group) {
     const int32_t start = static_cast<int32_t>(order.size());
@@ -33,11 +33,14 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
     const int32_t count = static_cast<int32_t>(order.size()) - start;
     if (count == 0) continue;
     longest = std::max(longest, count);
-    for (int32_t tile = 0; tile * kTileRows < count; ++tile) {
-      const int32_t rows_left = count - tile * kTileRows;
-      tiles.insert(tiles.end(), {group, start + tile * kTileRows, std::min(kTileRows, rows_left),
-                                 static_cast<int32_t>(run_group.size())});
-    }
+    const auto cut = [&](int32_t size, std::vector<int32_t>& into) {
+      for (int32_t done = 0; done < count; done += size) {
+        into.insert(into.end(),
+                    {group, start + done, std::min(size, count - done), static_cast<int32_t>(run_group.size())});
+      }
+    };
+    cut(kTileRows, tiles);
+    cut(kWideTileRows, wide_tiles);
     run_group.push_back(group);
     run_start.push_back(start);
   }
@@ -51,7 +54,8 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
                                             static_cast<int32_t>(tiles.size() / kTileWords),
                                             want.invalid,
                                             longest,
-                                            static_cast<int32_t>(pairs)};
+                                            static_cast<int32_t>(pairs),
+                                            static_cast<int32_t>(wide_tiles.size() / kTileWords)};
   for (int word = 0; word < kPlanHeaderWords; ++word) {
     CHECK(view.header[word] == header[word], "seed %d header word %d: %d, want %d", seed, word, view.header[word],
           header[word]);
@@ -64,6 +68,7 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
   CHECK(same(view.run_group, run_group), "seed %d", seed);
   CHECK(same(view.run_start, run_start), "seed %d", seed);
   CHECK(same(reinterpret_cast<const int32_t*>(view.tile), tiles), "seed %d", seed);
+  CHECK(same(reinterpret_cast<const int32_t*>(view.wide_tile), wide_tiles), "seed %d", seed);
   CHECK(pairs == 0 || same(view.pair_pos, want.pair_pos), "seed %d", seed);
   CHECK(plan.back() == kJunk, "seed %d: written behind the plan", seed);
 }

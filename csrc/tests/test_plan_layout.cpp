@@ -14,11 +14,16 @@ void check_sections(int64_t rows, int64_t groups, int64_t pairs) {
   const PlanLayout at = plan_layout(rows, groups, pairs);
   const int64_t runs = plan_max_runs(rows, groups);
   const int64_t tiles = plan_max_tiles(rows, groups);
-  const std::vector<std::pair<int64_t, int64_t>> sections = {
-      {0, kPlanHeaderWords},    {at.row_group, rows},
-      {at.order, rows},         {at.run_group, runs},
-      {at.run_start, runs + 1}, {at.tile, tiles * kTileWords},
-      {at.pair_pos, pairs},     {at.workspace, rows > kPlanSortRows ? groups : 0}};
+  const int64_t wide_tiles = plan_max_tiles(rows, groups, kWideTileRows);
+  const std::vector<std::pair<int64_t, int64_t>> sections = {{0, kPlanHeaderWords},
+                                                             {at.row_group, rows},
+                                                             {at.order, rows},
+                                                             {at.run_group, runs},
+                                                             {at.run_start, runs + 1},
+                                                             {at.tile, tiles * kTileWords},
+                                                             {at.pair_pos, pairs},
+                                                             {at.wide_tile, wide_tiles * kTileWords},
+                                                             {at.workspace, rows > kPlanSortRows ? groups : 0}};
   for (size_t i = 0; i < sections.size(); ++i) {
     const int64_t end = i + 1 < sections.size() ? sections[i + 1].first : at.words;
     CHECK(sections[i].first % 4 == 0, "section %zu at word %lld", i, static_cast<long long>(sections[i].first));
@@ -81,6 +86,8 @@ void check_view() {
   CHECK(view.row_group == plan.data() + at.row_group && view.order == plan.data() + at.order, "row sections");
   CHECK(view.run_group == plan.data() + at.run_group && view.run_start == plan.data() + at.run_start, "run sections");
   CHECK(static_cast<const void*>(view.tile) == plan.data() + at.tile, "tile section");
+  CHECK(static_cast<const void*>(view.wide_tile) == plan.data() + at.wide_tile, "wide tile section");
+  CHECK(view.max_wide_tiles == plan_max_tiles(rows, groups, kWideTileRows), "wide tiles");
   CHECK(view.pair_pos == plan.data() + at.pair_pos && view.max_tiles == plan_max_tiles(rows, groups), "pairs, tiles");
   CHECK(plan_view(plan.data(), rows, groups, 0).pair_pos == nullptr, "no pairs");
 }

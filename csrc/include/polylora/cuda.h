@@ -14,8 +14,13 @@ cudaError_t moe_plan(const MoePlanParams& params, cudaStream_t stream);
 cudaError_t shrink(const LoraParams& params, cudaStream_t stream);
 cudaError_t expand(const LoraParams& params, cudaStream_t stream);
 
-/// shrink and expand in one call; params.v is scratch.
+/// shrink and expand in one call.
 cudaError_t linear(const LoraParams& params, cudaStream_t stream);
+
+/// Bytes of params.scratch that the launcher of the same name wants for a call with these params; may be 0. They follow
+/// from sizes, strides, alignment and the environment's switches.
+cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes);
+cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes);
 
 /// Looks A up by token id and expands, in one launch and without v.
 cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream);

@@ -54,8 +54,10 @@ struct PlanView {
   const int32_t* run_group;  // [runs]
   const int32_t* run_start;  // [runs + 1]
   const Tile* tile;          // [tiles]
+  const Tile* wide_tile;     // [wide tiles]
   const int32_t* pair_pos;   // [pairs], null without a row map
-  int64_t max_tiles;         // capacity, for the size of a grid
+  int64_t max_tiles;         // capacities, for the size of a grid
+  int64_t max_wide_tiles;    //
   int32_t rows;              // what the caller's tensors ask of the plan; a plan made for anything else has no
   int32_t groups;            //   active rows (its sections lie elsewhere, its groups are another table's)
   int32_t pairs;             //
@@ -69,8 +71,10 @@ inline PlanView plan_view(const int32_t* plan, int64_t rows, int64_t groups, int
                   plan + at.run_group,
                   plan + at.run_start,
                   reinterpret_cast<const Tile*>(plan + at.tile),
+                  reinterpret_cast<const Tile*>(plan + at.wide_tile),
                   pairs > 0 ? plan + at.pair_pos : nullptr,
                   plan_max_tiles(rows, groups),
+                  plan_max_tiles(rows, groups, kWideTileRows),
                   static_cast<int32_t>(rows),
                   static_cast<int32_t>(groups),
                   static_cast<int32_t>(pairs)};
@@ -117,9 +121,10 @@ struct LoraParams {
   int32_t x_div;            // 0: row p reads x row p. Else it reads x row pair(p) / x_div: MoE gate/up, x_div = top_k
   void* y;                  // [rows, ...], row pitch y_stride
   int64_t y_stride;         //
-  float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T
+  float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T; not of linear
   int64_t v_stride;         //
   int32_t v_width;          //
+  void* scratch;            // [linear_scratch or shrink_scratch bytes], 16-byte aligned
   const int32_t* row_map;   // [rows] position to pair, or null: the identity
   const float* row_weight;  // [pairs] top-k weight of pair(p), multiplies its delta; or null
   SliceSet slices;

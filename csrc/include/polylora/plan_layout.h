@@ -30,12 +30,16 @@ enum PlanHeader : int32_t {
   kPlanInvalid = 6,     // group, slot or expert ids out of range (each counted as "no adapter" / "no row")
   kPlanMaxRun = 7,      // rows of the longest run
   kPlanPairs = 8,       // MoE with a row map: (token, expert) pairs of the inverse map, else 0
+  kPlanWideTiles = 9,   // tiles of up to kWideTileRows rows
   kPlanHeaderWords = 16,
 };
-inline constexpr int32_t kPlanVersionValue = 1;
+inline constexpr int32_t kPlanVersionValue = 2;
 
-/// Rows a tile holds at most.
+/// Rows a tile holds at most: what decode kernels work on.
 inline constexpr int32_t kTileRows = 16;
+
+/// Rows a wide tile holds at most: what prefill kernels work on.
+inline constexpr int32_t kWideTileRows = 128;
 
 /// Rows up to which one block sorts the whole plan without a workspace.
 inline constexpr int64_t kPlanSortRows = 8192;
@@ -47,16 +51,16 @@ POLYLORA_HD constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b
 POLYLORA_HD constexpr int64_t plan_max_runs(int64_t rows, int64_t groups) { return min64(rows, groups); }
 
 /// Tiles a plan can have at most: every run adds less than one partly filled tile.
-POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups) {
-  int64_t full_and_partial = rows / kTileRows + plan_max_runs(rows, groups);
+POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups, int64_t tile_rows = kTileRows) {
+  int64_t full_and_partial = rows / tile_rows + plan_max_runs(rows, groups);
   return min64(rows, full_and_partial);
 }
 
-/// Up to kTileRows rows of one run: all a block must know, in one 16-byte load.
+/// Up to kTileRows or kWideTileRows rows of one run: all a block must know, in one 16-byte load.
 struct alignas(16) Tile {
   int32_t group;
   int32_t pos;   // first position in `order`
-  int32_t rows;  // 1..kTileRows
+  int32_t rows;  // from 1 on
   int32_t run;
 };
 static_assert(sizeof(Tile) == 16);
@@ -70,6 +74,7 @@ struct PlanLayout {
   int64_t run_start;  // [max_runs+1] first position of each run in `order`; one past the last run: active rows
   int64_t tile;       // [max_tiles]  of struct Tile
   int64_t pair_pos;   // [pairs]      MoE with a row map: position of a pair in the map, or -1
+  int64_t wide_tile;  // [max_wide_tiles] of struct Tile
   int64_t workspace;  // [groups]     above kPlanSortRows rows only
   int64_t words;      // total
 };
@@ -89,6 +94,8 @@ POLYLORA_HD constexpr PlanLayout plan_layout(int64_t rows, int64_t groups, int64
   at += plan_max_tiles(rows, groups) * kTileWords;
   layout.pair_pos = at;
   at += round_up4(pairs);
+  layout.wide_tile = at;
+  at += plan_max_tiles(rows, groups, kWideTileRows) * kTileWords;
   layout.workspace = at;
   at += rows > kPlanSortRows ? round_up4(groups) : 0;
   layout.words = at;

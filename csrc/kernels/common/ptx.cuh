@@ -6,6 +6,13 @@
 
 #include <cstdint>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define POLYLORA_HAS_CLUSTERS 1
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define POLYLORA_HAS_WGMMA 1
+#endif
+
 namespace polylora::cuda::ptx {
 
 /// mma.sync.aligned.m16n8k16.row.col.f32.{bf16,f16}: d += a * b
@@ -69,6 +76,22 @@ __device__ __forceinline__ uint4 load16_if(bool condition, const void* p) {
   return v;
 }
 
+/// ld.global.nc.L1::no_allocate.v2 under a predicate, else zeros
+__device__ __forceinline__ uint2 load_weights8_if(bool condition, const void* p) {
+  uint2 v;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %3, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];\n"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y)
+      : "l"(p), "r"(static_cast<uint32_t>(condition)));
+  return v;
+}
+
 /// ld.relaxed.gpu.global.v4: from L2, whatever L1 remembers
 __device__ __forceinline__ int4 load_fresh16(const void* p) {
   int4 v;
@@ -88,6 +111,65 @@ __device__ __forceinline__ int load_fresh4(const void* p) {
 
 /// prefetch.global.L2: one line of 128 bytes
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+/// ld.global.nc.L1::no_allocate.v4: weights, read once
+__device__ __forceinline__ uint4 load_weights16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+/// ld.global.nc.L1::no_allocate.v2
+__device__ __forceinline__ uint2 load_weights8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+/// ld.global.v4
+__device__ __forceinline__ uint4 load16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+/// st.global.v4
+__device__ __forceinline__ void store16(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+/// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane l gives the address of row l % 8 of matrix l / 8
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* smem_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(smem_row)))
+               : "memory");
+}
+
+/// cp.async.cg.shared.global, 16 bytes: the first `bytes` of them from memory, zeros behind
+__device__ __forceinline__ void copy_async16(void* smem, const void* gmem, uint32_t bytes) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(smem))),
+      "l"(gmem), "r"(bytes)
+      : "memory");
+}
+
+/// cp.async.commit_group
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// cp.async.wait_group: all but the youngest `kOpen` groups of this thread have landed
+template <int kOpen>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+/// The block's dynamic shared memory.
+__device__ __forceinline__ unsigned char* dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char smem[];
+  return smem;
+}
 
 /// griddepcontrol.wait: all grids before this one have ended and their writes are visible
 __device__ __forceinline__ void wait_for_previous_grid() {
@@ -123,6 +205,11 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+/// barrier.cluster.arrive.relaxed: says that this block runs, or has read what it was sent; publishes no writes
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 /// barrier.cluster.wait.acquire
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -130,7 +217,7 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 __device__ __forceinline__ uint32_t map_to_rank(const void* smem, uint32_t rank) {
   uint32_t to;
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(from), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(from), "r"(rank));
   return to;
 }
 
@@ -176,6 +263,139 @@ __device__ __forceinline__ void copy_bulk(void* smem, const void* gmem, uint32_t
 __device__ __forceinline__ void store_to_rank(uint32_t address, float4 v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
+}
+
+/// cp.async.bulk.prefetch.L2.global: address and size in multiples of 16 bytes
+__device__ __forceinline__ void prefetch_bulk(const void* gmem, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(gmem), "r"(bytes) : "memory");
+}
+
+/// mbarrier.try_wait.parity.acquire.cluster.shared::cta, until it succeeds: also sees what other blocks stored
+__device__ __forceinline__ void wait_barrier_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+      "r"(parity)
+      : "memory");
+}
+
+/// st.async.shared::cluster.v4: 16 bytes into another block's shared memory, counted by its mbarrier
+__device__ __forceinline__ void store_async(uint32_t address, float4 v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+               : "memory");
+}
+
+/// st.async.shared::cluster.v2: 8 bytes
+__device__ __forceinline__ void store_async(uint32_t address, uint2 v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];" ::"r"(address),
+               "r"(v.x), "r"(v.y), "r"(barrier)
+               : "memory");
+}
+
+/// fence.proxy.async.shared::cta: what this thread wrote to shared memory, the tensor cores and the copy engine see
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// cp.async.bulk.shared::cluster.shared::cta: into another block's shared memory, counted by its mbarrier; addresses
+/// and size in multiples of 16 bytes
+__device__ __forceinline__ void copy_to_rank(uint32_t to, const void* smem, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(static_cast<uint32_t>(__cvta_generic_to_shared(smem))), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+#endif
+
+#if defined(POLYLORA_HAS_WGMMA)
+/// wgmma.fence.sync.aligned: registers of accumulators are ready for wgmma
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+/// wgmma.commit_group.sync.aligned
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/// wgmma.wait_group.sync.aligned: all but the youngest `kOpen` groups of this warpgroup are done
+template <int kOpen>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
+}
+
+/// Descriptor of rows of 64 16-bit elements, 128 bytes apart, 128-byte swizzle, from a multiple of 1024 bytes on. Plus
+/// 2 for each 16 elements further along the rows.
+__device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
+  const uint64_t address = __cvta_generic_to_shared(smem);
+  return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+/// wgmma.mma_async.m64n16k16.f32: d = x * weights^T, or d += it. Rank tile i of 16: d[i][0..7]; lane 4g + t of warp w
+/// has rows 16w + g and 16w + g + 8: elements 8i + 2t, 8i + 2t + 1 of both, then the same of the second 8 columns.
+__device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate,
+                                                __nv_bfloat16) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7 "
+      "}, %8, %9, p, 1, 1, 0, 0;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
+        "+f"(d[0][7])
+      : "l"(x), "l"(weights), "r"(accumulate));
+}
+__device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate, __half) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7 "
+      "}, %8, %9, p, 1, 1, 0, 0;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
+        "+f"(d[0][7])
+      : "l"(x), "l"(weights), "r"(accumulate));
+}
+
+/// wgmma.mma_async.m64n64k16.f32, as above for four rank tiles
+__device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate,
+                                                __nv_bfloat16) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+      "}, %32, %33, p, 1, 1, 0, 0;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
+        "+f"(d[0][7]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[1][4]), "+f"(d[1][5]),
+        "+f"(d[1][6]), "+f"(d[1][7]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[2][4]),
+        "+f"(d[2][5]), "+f"(d[2][6]), "+f"(d[2][7]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+        "+f"(d[3][4]), "+f"(d[3][5]), "+f"(d[3][6]), "+f"(d[3][7])
+      : "l"(x), "l"(weights), "r"(accumulate));
+}
+__device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate, __half) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+      "}, %32, %33, p, 1, 1, 0, 0;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
+        "+f"(d[0][7]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[1][4]), "+f"(d[1][5]),
+        "+f"(d[1][6]), "+f"(d[1][7]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[2][4]),
+        "+f"(d[2][5]), "+f"(d[2][6]), "+f"(d[2][7]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+        "+f"(d[3][4]), "+f"(d[3][5]), "+f"(d[3][6]), "+f"(d[3][7])
+      : "l"(x), "l"(weights), "r"(accumulate));
 }
 #endif
 

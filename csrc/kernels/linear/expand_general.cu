@@ -4,7 +4,7 @@
 // read once a tile. v comes through shared memory, scaled in fp32; y is read and rounded once.
 #include "common/dtype.cuh"
 #include "common/rows.cuh"
-#include "polylora/cuda.h"
+#include "linear/paths.h"
 
 namespace polylora::cuda {
 namespace {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant
 
 }  // namespace
 
-cudaError_t expand(const LoraParams& params, cudaStream_t stream) {
+cudaError_t expand_general_path(const LoraParams& params, cudaStream_t stream) {
   int32_t widest = 0;
   for (int s = 0; s < params.slices.count; ++s) widest = max(widest, params.slices.width[s]);
   if (params.plan.max_tiles == 0 || widest == 0) return cudaSuccess;

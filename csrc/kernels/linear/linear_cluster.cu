@@ -1,22 +1,29 @@
 // linear in one launch for decode, sm_90 and later: a cluster of blocks owns one slice of up to 8 rows of one group.
 //
-//   every block:  while the grid before still runs: its part of A and B towards L2 (a guess; nothing rests on it)
-//                 starts the copy of its part of B into shared memory, by the copy engine
-//                 its part of K, all ranks -> partial v                     (tensor cores, weights on the M side)
-//                 partial v to every block of the cluster through distributed shared memory
-//                 one cluster barrier; y is on its way meanwhile
-//                 the sum of the partials, in the order of the blocks; its part of the slice's outputs
+//   every block:  while the kernel before still runs: what it will work on, and its weights towards L2 (a guess)
+//                 its part of K, all ranks -> partial v                                              (tensor cores)
+//                 the partials to the blocks that add them, by asynchronous stores into their shared memory
+//                 the first of B and y on their way meanwhile
+//                 v, added in the order of the blocks; its part of the outputs
 //
-// Weights are mma fragments as they come, 16 bytes a load: a dot product may sum k in any order, so thread t of a quad
-// takes elements 8t..8t+7 of a row of A and of x alike and calls them columns 2t, 2t+1, 2t+8, 2t+9 of two mma steps.
-// B likewise, over the rank. Weights are on the M side, the rows of x on the N side of 8: short segments waste nothing.
+// One row is bound by the instructions of a warp and the latencies between them, not by bytes. Hence:
 //
-// One row is bound by the instructions on the way, not by bytes: code that runs once a call is fetched once a call.
-// Hence one slice a cluster, one shape of inner loop, 32-bit offsets, and the rare cases out of line.
+// - The guess: every warp reads tile, entry and rows before griddepcontrol.wait, and again after it, together with the
+//   first weights and rows that the guess leads to. If both readings agree, which only a new plan or table prevents,
+//   one latency has passed where three would follow each other. If not, the warp starts over. No barrier is needed for
+//   it: after the wait all warps read the same. Nothing else read early is used; weights are only prefetched into L2.
+//   Addresses are computed before the wait, too.
+// - Rows of the batch are on the M side of mma, weights on its N side: the registers of a 16-byte load of weights are
+//   operands as they are. Lanes that would read beyond a rank, a width or the rows of a tile read a neighbour's element
+//   instead and drop the result; only the summed index needs true zeros.
+// - Column 2t + e of mma i stands for output 8t + 2i + e of 32, so that lane 4g + t owns 8 consecutive outputs of row
+//   g: 16 bytes of y at a time, without a transpose.
+// - Up to 16 ranks, a lane adds the partials of the quad of v that it multiplies with: v needs no
+//   shared memory. Else v goes through shared memory; many values of it are added by a block each, which sends them on.
 //
-// Rank and K need no padding: nothing of A or B beyond the true rank is read (it may be NaN).
-#include "common/ptx.cuh"
+// The order of all sums depends on the capacities of the call alone.
 #include "linear/paths.h"
+#include "linear/task.cuh"
 
 // what only 9.0 and later compile would count as unused in the passes for older devices
 #pragma nv_diag_suppress 177
@@ -24,59 +31,79 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * 32;
-constexpr int kRows = 8;       // rows of a cluster: the N side of mma
-constexpr int kUnitK = 32;     // k elements that a quad loads at once: 4 threads x 16 bytes
-constexpr int kUnitN = 16;     // outputs of one mma
-constexpr int kPassTiles = 2;  // rank tiles of 16 that a pass over K accumulates
-constexpr int kPassRanks = 16 * kPassTiles;
-constexpr int kUnrollK = 3;           // units of K in flight
-constexpr int kUnrollN = 2;           // units of outputs in flight
-constexpr int kPad = 4;               // floats between rows in shared memory, against bank conflicts
-constexpr int kMaxSmem = 110 * 1024;  // two blocks an SM: the next call's can prepare beside this one's
+constexpr int kUnitK = 32;     // elements of K that a quad of lanes loads at once
+constexpr int kRows = 8;       // of a cluster: half of a tile
+constexpr int kFewQuads = 64;  // quads of v up to which every block adds all of them
+constexpr int kMaxSmem = 160 * 1024;
 
-// The call, as small as it can be: a block's first reads of its parameters miss every cache.
-struct ClusterSlice {
-  const void* a;
-  const void* b;
-  int64_t b_elements;
-  int32_t a_stride, a_rows;
-  int32_t width, col;
+// Shared memory of a block, in this order, after two barriers. From the host: constants cost no registers.
+struct ClusterSmem {
+  int partial;  // float [k_split][kRows][partial_pitch]
+  int inbox;    // float4 [blocks][quads]
+  int v;        // 16-bit [kRows][v_pitch]
+  int partial_pitch,
+      v_pitch;  // elements; their odd parts keep the rows that a warp touches together in different banks
+  int bytes;
 };
 struct ClusterTask {
-  const int32_t* header;
-  const Tile* tile;
-  const int32_t* order;
-  const SliceEntry* table;
-  const void* x;
-  void* y;
-  int32_t x_stride, y_stride;
-  int32_t k;
-  int32_t rows, groups;  // that the plan must have been made for
-  int32_t slices;
-  int32_t v_width;  // that the caller allows the table
-  int32_t v_ranks;  // ranks that shared memory has room for, multiple of kPassRanks
-  int32_t v_rows;   // rows likewise
-  int32_t b_bytes;  // room for this block's part of B; what does not fit is read from global memory
-  ClusterSlice slice[kMaxSlices];
+  LinearTask linear;
+  ClusterSmem smem;
 };
 
-// A part of `total` units for block `block` of `blocks`.
-struct Part {
-  int begin, end;
-};
-__device__ __forceinline__ Part part_of(int total, int block, int blocks) {
-  return {total * block / blocks, total * (block + 1) / blocks};
-}
+// What a warp works on: words of the plan and the table, one a lane, so that one load a lane reads them again. Lanes
+// 0-3 and 7: the plan's version, rows, groups, tiles, longest run. 4-6, 24-26: the tile, where a tile is one job or
+// two. 8-14: the slice's entry. 16-23: the job's rows, beyond its end the last.
+struct Job {
+  const int32_t* at;
+  int32_t word;
 
-// Ranks r..r+3 of row `out` of B from global memory, zeros beyond the true rank and width, which are not read. Out of
-// line: the way of the parts of B that are too large for shared memory, unaligned, or of a rank not a multiple of 8.
+  // Whatever stands in memory, nothing outside plan and table is read.
+  __device__ __forceinline__ void read(const LinearTask& task, int index, int slice) {
+    const int lane = threadIdx.x % 32;
+    static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2 && kPlanTiles == 5 && kPlanMaxRun == 7);
+    const int tile = min(lane < 16 ? index : index / 2, task.max_tiles - 1);
+    at = lane < 4 || lane == 7 ? task.header + (lane == 3 ? kPlanTiles : lane)
+                               : reinterpret_cast<const int32_t*>(task.tile + tile) + (lane & 3);
+    word = ptx::load_fresh4(at);
+    const int from = tile_lane();
+    const uint32_t group = min(static_cast<uint32_t>(get(from)), static_cast<uint32_t>(task.groups - 1));
+    const int row = get(from + 1) + (two_a_tile() ? index % 2 * kRows : 0) + min(lane & 7, max(rows(index) - 1, 0));
+    const int32_t* second =
+        lane < 16
+            ? reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices + slice) + min(lane & 7, 6)
+            : task.order + min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1));
+    if (lane >= 8 && lane < 24) {
+      at = second;
+      word = ptx::load_fresh4(at);
+    }
+  }
+  __device__ __forceinline__ int32_t get(int lane) const { return __shfl_sync(0xffffffffu, word, lane); }
+  __device__ __forceinline__ bool two_a_tile() const { return get(7) > kRows; }
+  __device__ __forceinline__ int tile_lane() const { return two_a_tile() ? 24 : 4; }
+
+  // Of the whole grid.
+  __device__ __forceinline__ int jobs(const LinearTask& task) const {
+    const bool fits = get(0) == kPlanVersionValue && get(1) == task.rows && get(2) == task.groups;
+    return fits ? min(get(3), task.max_tiles) << two_a_tile() : 0;
+  }
+  // 0 where a tile has no second half.
+  __device__ __forceinline__ int rows(int index) const {
+    return min(max(get(tile_lane() + 2) - (two_a_tile() ? index % 2 * kRows : 0), 0), kRows);
+  }
+  __device__ __forceinline__ SliceEntry entry() const {
+    const uint64_t offset =
+        static_cast<uint64_t>(static_cast<uint32_t>(get(13))) << 32 | static_cast<uint32_t>(get(12));
+    return {get(8), get(9), get(10), get(11), static_cast<int64_t>(offset), __int_as_float(get(14)), 0};
+  }
+  __device__ __forceinline__ int row(const LinearTask& task, int i) const {
+    return min(static_cast<uint32_t>(get(16 + i)), static_cast<uint32_t>(task.rows - 1));
+  }
+};
+
+// Ranks r..r+3 of a row of B, zeros beyond the true rank, which are not read. Out of line: for what is unaligned, or a
+// rank that is no multiple of 4.
 template <typename T>
-__device__ __noinline__ uint2 load_ranks(const T* b, int pitch, int out, int width, int r, int rank, bool aligned) {
-  if (out >= width) return {0u, 0u};
-  const T* row = b + int64_t{out} * pitch;
-  if (aligned && r + 4 <= rank) return *reinterpret_cast<const uint2*>(row + r);
+__device__ __attribute__((noinline)) uint2 load_ranks(const T* row, int r, int rank) {
   uint32_t pair[2] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -85,454 +112,483 @@ __device__ __noinline__ uint2 load_ranks(const T* b, int pitch, int out, int wid
   return {pair[0], pair[1]};
 }
 
-__device__ __forceinline__ void add(float4& sum, float4 part) {
-  sum.x += part.x;
-  sum.y += part.y;
-  sum.z += part.z;
-  sum.w += part.w;
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(v);
-}
-__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
-  const __half2 v = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(v);
-}
-__device__ __forceinline__ float2 unpack(uint32_t v, __nv_bfloat16) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v));
-}
-__device__ __forceinline__ float2 unpack(uint32_t v, __half) {
-  return __half22float2(reinterpret_cast<const __half2&>(v));
-}
-
-// acc += weights * rows over 32 elements of K or of the rank: `low` and `high` are 8 elements each of rows g and g + 8
-// of the weights, `rows` the same 8 elements of row g of the other side.
-template <typename T>
-__device__ __forceinline__ void mma_32(float (&acc)[4], uint4 low, uint4 high, uint4 rows) {
-  const uint32_t a0[4] = {low.x, high.x, low.y, high.y};
-  const uint32_t a1[4] = {low.z, high.z, low.w, high.w};
-  const uint32_t b0[2] = {rows.x, rows.y};
-  const uint32_t b1[2] = {rows.z, rows.w};
-  ptx::mma_m16n8k16<T>(acc, a0, b0);
-  ptx::mma_m16n8k16<T>(acc, a1, b1);
-}
-
-__device__ __forceinline__ Tile load_tile(const Tile* at) {
-  const int4 v = ptx::load_fresh16(at);
-  return {v.x, v.y, v.z, v.w};
-}
-
-__device__ __forceinline__ SliceEntry load_entry(const SliceEntry* at) {
-  const int4 v = ptx::load_fresh16(at);
-  const int4 w = ptx::load_fresh16(reinterpret_cast<const int4*>(at) + 1);
-  const int64_t b_offset =
-      static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(w.y)) << 32 | static_cast<uint32_t>(w.x));
-  return {v.x, v.y, v.z, v.w, b_offset, __int_as_float(w.z), w.w};
-}
-
-// Before the grid before has ended: this block's part of the weights of the entry that the plan and the table name now,
-// towards L2. They may still be on their way, so this is a guess: it only prefetches, and all is read again after the
-// wait.
-template <typename T>
-__device__ __forceinline__ void prefetch_weights(const ClusterSlice& slice, const SliceEntry& entry, Part k, int k_size,
-                                                 Part n) {
-  constexpr int kLine = 32 / sizeof(T);  // a sector: what one prefetch brings
-  const int rank = min(entry.rank, kMaxRank);
-  const T* a = static_cast<const T*>(slice.a) + int64_t{entry.a_row} * slice.a_stride + k.begin * kUnitK;
-  const int length = min(k.end * kUnitK, k_size) - k.begin * kUnitK;
-#pragma unroll 1
-  for (int r = threadIdx.x / 32; r < rank; r += kWarps) {
-#pragma unroll 1
-    for (int at = threadIdx.x % 32 * kLine; at < length; at += 32 * kLine) {
-      ptx::prefetch_l2(a + int64_t{r} * slice.a_stride + at);
+// The sum of 2^count_log2 quads (16 at most), `stride` quads apart, in order.
+__device__ __forceinline__ float4 add_quads(const float4* quad, int stride, int count_log2) {
+  float4 sum = quad[0];
+  if (count_log2 == 0) return sum;
+  add(sum, quad[stride]);
+#pragma unroll
+  for (int have = 2; have <= 8; have *= 2) {
+    if (1 << count_log2 == have) return sum;
+    float4 next[4];
+#pragma unroll
+    for (int base = 0; base < have; base += 4) {
+#pragma unroll
+      for (int i = 0; i < 4 && i < have; ++i) next[i] = quad[(have + base + i) * stride];
+#pragma unroll
+      for (int i = 0; i < 4 && i < have; ++i) add(sum, next[i]);
     }
   }
-  const T* b = static_cast<const T*>(slice.b) + entry.b_offset + int64_t{n.begin * kUnitN} * entry.b_stride;
-  const int elements = rank > 0 ? min((n.end - n.begin) * kUnitN * entry.b_stride, 1 << 20) : 0;
-#pragma unroll 1
-  for (int at = threadIdx.x * kLine; at < elements; at += kThreads * kLine) ptx::prefetch_l2(b + at);
+  return sum;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) linear_cluster(const __grid_constant__ ClusterTask task) {
-#if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) unsigned char smem[];
-  __shared__ uint64_t b_arrived;
-  __shared__ alignas(16) float reduce[kWarps][kRows][kPassRanks + kPad];  // a pass's partials of the warps
-  const int blocks = ptx::cluster_size();
-  const int block = ptx::cluster_rank();
-  const int v_pitch = task.v_ranks + kPad;
-  const int v16_pitch = task.v_ranks + 8;
-  const int block_floats = task.v_rows * v_pitch;
-  float* smem_partial = reinterpret_cast<float*>(smem);                      // [blocks][v_rows][v_pitch]
-  T* smem_v16 = reinterpret_cast<T*>(smem_partial + blocks * block_floats);  // [v_rows][v16_pitch]
-  T* smem_b = smem_v16 + task.v_rows * v16_pitch;
+/// kWide: made for ranks of 32 and more (units of 32 outputs, 64 ranks at a time), else for less (64 outputs, 16
+/// ranks); both take any rank.
+template <typename T, bool kWide, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const __grid_constant__ ClusterTask params) {
+#if POLYLORA_HAS_CLUSTERS
+  const LinearTask& task = params.linear;
+  const ClusterSmem& at = params.smem;
+  constexpr int kThreads = kWarps * 32;
+  constexpr int kOutputs = kWide ? 32 : 64;  // of a unit
+  constexpr int kHalves = kOutputs / 32;
+  constexpr int kStepUnits = kWide ? 4 : 3;  // units of K in flight
+  unsigned char* smem = ptx::dynamic_smem();
+  uint64_t* partials_arrived = reinterpret_cast<uint64_t*>(smem);
+  uint64_t* v_arrived = partials_arrived + 1;
+  float* partial = reinterpret_cast<float*>(smem + at.partial);
+  float4* inbox = reinterpret_cast<float4*>(smem + at.inbox);
+  T* smem_v = reinterpret_cast<T*>(smem + at.v);
 
-  const int clusters = gridDim.x / blocks;
-  const int cluster = blockIdx.x / blocks;
+  const int blocks_log2 = task.blocks_log2;
+  const int blocks = 1 << blocks_log2;
+  const int block = blockIdx.x & (blocks - 1);
+  if (threadIdx.x == 0) {
+    ptx::init_barrier(partials_arrived);
+    ptx::init_barrier(v_arrived);
+  }
+  ptx::launch_next_grid();
+  // every block of the cluster must run, with its barriers made, before any stores into its shared memory
+  if (blocks > 1) ptx::cluster_arrive_relaxed();  // init_barrier has made the barriers visible
+  bool arrived = blocks > 1;
+
+  const LinearSlice& slice = task.slice[blockIdx.y];
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
-  const ClusterSlice slice = task.slice[blockIdx.y];
-  const SliceEntry* table = task.table + blockIdx.y;
-  const int k_size = task.k;
-  const Part k = part_of((k_size + kUnitK - 1) / kUnitK, block, blocks);
-  const Part n = part_of((slice.width + kUnitN - 1) / kUnitN, block, blocks);
+  // units of K: the block's, and of these the warp's, which it shares with others by rank
+  const Part k_block = part_of(task.k / kUnitK, block, blocks_log2);
+  const int split = warp & ((1 << task.k_split_log2) - 1);
+  Part k = part_of(k_block.end - k_block.begin, split, task.k_split_log2);
+  k = {k_block.begin + k.begin, k_block.begin + k.end};
+  const int first_rank = (warp >> task.k_split_log2) * kRankTile;
+  // units of outputs: the block's; its warps take them in turn
+  const Part n = part_of((slice.width + kOutputs - 1) / kOutputs, blockIdx.z << blocks_log2 | block,
+                         blocks_log2 + task.parts_log2);
 
-  ptx::launch_next_grid();
-  // every block of the cluster must run before any writes into its shared memory
-  ptx::cluster_arrive();
-  if (threadIdx.x == 0) ptx::init_barrier(&b_arrived);
+  int index = blockIdx.x >> blocks_log2;
+  Job job;
+  job.read(task, index, blockIdx.y);
 
-  // a guess at the first tile, before the grid before has ended: good for prefetching, and to know where to look again
-  const Tile guess = load_tile(task.tile + cluster);
-  const bool guess_is_sane = static_cast<uint32_t>(guess.group) < static_cast<uint32_t>(task.groups) &&
-                             static_cast<uint32_t>(guess.pos) < static_cast<uint32_t>(task.rows);
-  const int guess_group = guess_is_sane ? guess.group : 0;
-  const int guess_pos = guess_is_sane ? guess.pos : 0;
-  const SliceEntry* guess_entry = table + int64_t{guess_group} * task.slices;
-  const int32_t* guess_order = task.order + min(guess_pos + g, task.rows - 1);
-  prefetch_weights<T>(slice, load_entry(guess_entry), k, k_size, n);
-  ptx::wait_for_previous_grid();
+  // what follows from the job
+  int jobs, rank, rows, a_row, b_stride;
+  int64_t b_offset, row;
+  float scale;
+  const T* x;
+  int quads_a_row, quads;  // of v
+  uint32_t quads_inverse;  // 2^32 / quads_a_row, rounded up
+  const auto prepare = [&] {
+    jobs = job.jobs(task);
+    rows = job.rows(index);
+    const SliceEntry entry = job.entry();
+    const bool fits = entry_fits(entry, entry.rank, slice.a_rows, slice.width, slice.b_elements, task.v_width) &&
+                      entry.rank <= task.rank_cap;
+    rank = index < jobs && rows > 0 && fits ? entry.rank : 0;
+    a_row = entry.a_row;
+    b_stride = entry.b_stride;
+    b_offset = entry.b_offset;
+    scale = entry.scale;
+    row = job.row(task, g);
+    x = static_cast<const T*>(task.x) + row * task.x_stride + 8 * t;
+    quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
+    quads = rows * quads_a_row;
+    quads_inverse = rank > 0 ? 0xffffffffu / static_cast<uint32_t>(quads_a_row) + 1 : 0;
+  };
+  prepare();
+  const T *a_low = nullptr, *a_high = nullptr;
+  const auto set_ranks = [&](int r) {
+    const T* a = static_cast<const T*>(slice.a) + 8 * t;
+    a_low = a + int64_t{a_row + min(r + g, rank - 1)} * slice.a_stride;
+    a_high = a + int64_t{a_row + min(r + g + 8, rank - 1)} * slice.a_stride;
+  };
+  set_ranks(first_rank);
 
-  // the truth, in one step if the guess was right
-  const int4 head0 = ptx::load_fresh16(task.header);
-  const int4 head1 = ptx::load_fresh16(task.header + 4);
-  const Tile first_tile = load_tile(task.tile + cluster);
-  const SliceEntry first_entry = load_entry(guess_entry);
-  const int first_row = ptx::load_fresh4(guess_order);
-  const bool fits = head0.x == kPlanVersionValue && head0.y == task.rows && head0.z == task.groups;
-  const int tiles = fits ? head1.y : 0;
-
-  uint32_t parity = 0;
-  // a tile of the plan has up to 16 rows: first the first halves of all, then the second
-  for (int half_tile = cluster; half_tile < 2 * tiles; half_tile += clusters) {
-    const int half = half_tile >= tiles;
-    Tile tile = first_tile;
-    SliceEntry entry = first_entry;
-    int row = first_row;
-    if (half_tile != cluster || half != 0 || tile.group != guess_group || tile.pos != guess_pos) {
-      tile = load_tile(task.tile + half_tile - half * tiles);
-      entry = load_entry(table + int64_t{tile.group} * task.slices);
-      row = g + half * kRows < tile.rows ? ptx::load_fresh4(task.order + tile.pos + half * kRows + g) : -1;
+  // a guess at the weights, towards L2: a row of A a thread, then rows of B
+  if (rank > 0) {
+    const int bytes = (k_block.end - k_block.begin) * kUnitK * 2;
+    if (static_cast<int>(threadIdx.x) < rank && bytes > 0) {
+      ptx::prefetch_bulk(static_cast<const T*>(slice.a) +
+                             int64_t{a_row + static_cast<int>(threadIdx.x)} * slice.a_stride + k_block.begin * kUnitK,
+                         bytes);
     }
-    const int rows = min(tile.rows - half * kRows, kRows);
-    const int rank = entry.rank;
-    if (rows <= 0 || !entry_fits(entry, rank, slice.a_rows, slice.width, slice.b_elements, task.v_width)) continue;
-    if (g >= rows) row = -1;
-    const T* b = static_cast<const T*>(slice.b) + entry.b_offset;
-    const bool b_aligned = ((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) == 0;
-    const int n_first = n.begin * kUnitN;
-    const int b_rows = min(n.end * kUnitN, slice.width) - n_first;
-    const bool in_smem = b_aligned && rank % 8 == 0 && b_rows * entry.b_stride * 2 <= task.b_bytes;
-    __syncthreads();  // the tile before is done with smem_b and smem_v16
-    if (threadIdx.x == 0) {
-      // the last row ends with its rank: what lies between it and the next row is not ours to read
-      const int bytes = in_smem && b_rows > 0 ? ((b_rows - 1) * entry.b_stride + rank) * 2 : 0;
-      ptx::expect_bytes(&b_arrived, bytes);
-      if (bytes > 0) ptx::copy_bulk(smem_b, b + int64_t{n_first} * entry.b_stride, bytes, &b_arrived);
-    }
-
-    // partial v: this block's part of K
-    const T* x = static_cast<const T*>(task.x) + int64_t{row} * task.x_stride + 8 * t;
-    const T* a = static_cast<const T*>(slice.a) + int64_t{entry.a_row + g} * slice.a_stride + 8 * t;
-    const int a_8rows = 8 * slice.a_stride;
+    const int first = n.begin * kOutputs;
+    const int outputs = min(min(n.end * kOutputs, slice.width) - first, (48 << 10) / rank);
+    const T* from = static_cast<const T*>(slice.b) + b_offset + int64_t{first} * b_stride;
+    if ((reinterpret_cast<uintptr_t>(from) & 15) == 0 && b_stride % 8 == 0) {
+      if (b_stride <= rank + 8) {  // rows close together: in pieces of 1 KiB
+        const int all = ((outputs - 1) * b_stride + rank) * 2 & ~15;
 #pragma unroll 1
-    for (int base = 0; base < rank; base += kPassRanks) {
-      float acc[kPassTiles][4] = {};
-#pragma unroll 1
-      for (int unit = k.begin + warp; unit < k.end; unit += kWarps * kUnrollK) {
-        uint4 frag_a[kUnrollK][kPassTiles][2];
-        uint4 frag_x[kUnrollK];
-#pragma unroll
-        for (int u = 0; u < kUnrollK; ++u) {
-          const int at = (unit + u * kWarps) * kUnitK;
-          const bool inside = unit + u * kWarps < k.end && at + 8 * t < k_size;
-          frag_x[u] = ptx::load16_if(inside && row >= 0, x + at);
-#pragma unroll
-          for (int i = 0; i < 2 * kPassTiles; ++i) {
-            frag_a[u][i / 2][i % 2] =
-                ptx::load_weights16_if(inside && base + 8 * i + g < rank, a + int64_t{base / 8 + i} * a_8rows + at);
-          }
+        for (int i = threadIdx.x * 1024; i < all; i += kThreads * 1024) {
+          ptx::prefetch_bulk(reinterpret_cast<const char*>(from) + i, min(all - i, 1024));
         }
-#pragma unroll
-        for (int u = 0; u < kUnrollK; ++u) {
-#pragma unroll
-          for (int i = 0; i < kPassTiles; ++i) mma_32<T>(acc[i], frag_a[u][i][0], frag_a[u][i][1], frag_x[u]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPassTiles; ++i) {
-        float* to = &reduce[warp][2 * t][16 * i + g];
-        to[0] = acc[i][0];
-        to[kPassRanks + kPad] = acc[i][1];
-        to[8] = acc[i][2];
-        to[kPassRanks + kPad + 8] = acc[i][3];
-      }
-      __syncthreads();
-      // the cluster has read the partials of the tile before (at first: has started)
-      if (base == 0) ptx::cluster_wait();
-      // sum of the warps, in order, to every block of the cluster: a thread takes a block, a row and 4 ranks
-      constexpr int kQuads = kPassRanks / 4;
+      } else if (rank >= 8) {
 #pragma unroll 1
-      for (int e = threadIdx.x; e < blocks * rows * kQuads; e += kThreads) {
-        const int quad = e % kQuads;
-        const int to_block = e / kQuads % blocks;
-        const int to_row = e / kQuads / blocks;
-        if (base + 4 * quad >= rank) continue;
-        float4 sum = *reinterpret_cast<const float4*>(&reduce[0][to_row][4 * quad]);
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) add(sum, *reinterpret_cast<const float4*>(&reduce[w][to_row][4 * quad]));
-        const float* to = smem_partial + block * block_floats + to_row * v_pitch + base + 4 * quad;
-        ptx::store_to_rank(ptx::map_to_rank(to, to_block), sum);
-      }
-      if (base + kPassRanks < rank) __syncthreads();
-    }
-    ptx::cluster_arrive();
-
-    // while the others arrive: y of this warp's first units, by row; transposed later as mma wants it
-    T* y = static_cast<T*>(task.y) + int64_t{row} * task.y_stride + slice.col + 2 * t;
-    uint32_t y_in[kUnrollN][2];
-#pragma unroll
-    for (int i = 0; i < kUnrollN; ++i) {
-      const int unit = n.begin + warp + i * kWarps;
-      const bool live = row >= 0 && unit < n.end;
-      y_in[i][0] = y_in[i][1] = 0u;
-      if (live) y_in[i][0] = *reinterpret_cast<const uint32_t*>(y + unit * kUnitN);
-      if (live && unit * kUnitN + 8 < slice.width) {
-        y_in[i][1] = *reinterpret_cast<const uint32_t*>(y + unit * kUnitN + 8);
-      }
-    }
-    ptx::cluster_wait();
-
-    // v: the blocks' partials in order, as 16-bit operands of the second product: its one rounding, unscaled as in the
-    // plain formula, so that a scale above 1 cannot overflow float16 earlier than there
-    const int quads = (rank + 3) / 4;
-#pragma unroll 1
-    for (int e = threadIdx.x; e < rows * 64; e += kThreads) {
-      const int quad = e % 64;
-      if (quad >= quads) continue;
-      const int to_row = e / 64;
-      const float* at = smem_partial + to_row * v_pitch + 4 * quad;
-      float4 sum = *reinterpret_cast<const float4*>(at);
-#pragma unroll 4
-      for (int from = 1; from < blocks; ++from) add(sum, *reinterpret_cast<const float4*>(at + from * block_floats));
-      *reinterpret_cast<uint2*>(smem_v16 + to_row * v16_pitch + 4 * quad) = {pack(sum.x, sum.y, T{}),
-                                                                             pack(sum.z, sum.w, T{})};
-    }
-    __syncthreads();
-    ptx::cluster_arrive();  // this block has read the partials
-    ptx::wait_barrier(&b_arrived, parity);
-    parity ^= 1;
-
-    const T* v = smem_v16 + min(g, task.v_rows - 1) * v16_pitch + 4 * t;
-    const int b_pitch = entry.b_stride;
-    const int n_last = min(n.end * kUnitN, slice.width);
-#pragma unroll 1
-    for (int unit = n.begin + warp; unit < n.end; unit += kWarps * kUnrollN) {
-      uint32_t y_next[kUnrollN][2];
-#pragma unroll
-      for (int i = 0; i < kUnrollN; ++i) {
-        const int next = unit + (kUnrollN + i) * kWarps;
-        const bool live = row >= 0 && next < n.end;
-        y_next[i][0] = y_next[i][1] = 0u;
-        if (live) y_next[i][0] = *reinterpret_cast<const uint32_t*>(y + next * kUnitN);
-        if (live && next * kUnitN + 8 < slice.width) {
-          y_next[i][1] = *reinterpret_cast<const uint32_t*>(y + next * kUnitN + 8);
+        for (int i = threadIdx.x; i < outputs; i += kThreads) {
+          ptx::prefetch_bulk(from + int64_t{i} * b_stride, rank / 8 * 16);
         }
-      }
-      float acc[kUnrollN][4] = {};
-      if (in_smem) {
-        const T* from = smem_b + (unit * kUnitN - n_first + g) * b_pitch + 4 * t;
-#pragma unroll 2
-        for (int r0 = 0; r0 < rank; r0 += 16) {
-          uint2 frag_v{0, 0};
-          uint2 frag_b[kUnrollN][2] = {};
-          if (r0 + 4 * t < rank) {
-            if (row >= 0) frag_v = *reinterpret_cast<const uint2*>(v + r0);
-#pragma unroll
-            for (int i = 0; i < 2 * kUnrollN; ++i) {
-              if ((unit + i / 2 * kWarps) * kUnitN + i % 2 * 8 >= n_last) continue;
-              const int offset = (i / 2 * kWarps * kUnitN + i % 2 * 8) * b_pitch + r0;
-              frag_b[i / 2][i % 2] = *reinterpret_cast<const uint2*>(from + offset);
-            }
-          }
-          const uint32_t operand_v[2] = {frag_v.x, frag_v.y};
-#pragma unroll
-          for (int i = 0; i < kUnrollN; ++i) {
-            const uint32_t operand_b[4] = {frag_b[i][0].x, frag_b[i][1].x, frag_b[i][0].y, frag_b[i][1].y};
-            ptx::mma_m16n8k16<T>(acc[i], operand_b, operand_v);
-          }
-        }
-      } else if (b_aligned && rank % 8 == 0) {
-        const T* from = b + int64_t{unit * kUnitN + g} * b_pitch + 8 * t;
-        constexpr int kChunks = 2;  // of 32 ranks, in flight together
-#pragma unroll 1
-        for (int r0 = 0; r0 < rank; r0 += 32 * kChunks) {
-          uint4 frag_b[kChunks][kUnrollN][2];
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            const bool live = r0 + 32 * c + 8 * t < rank;
-#pragma unroll
-            for (int i = 0; i < 2 * kUnrollN; ++i) {
-              const bool inside = (unit + i / 2 * kWarps) * kUnitN + i % 2 * 8 < n_last;
-              const int offset = (i / 2 * kWarps * kUnitN + i % 2 * 8) * b_pitch + r0 + 32 * c;
-              frag_b[c][i / 2][i % 2] = ptx::load_weights16_if(live && inside, from + offset);
-            }
-          }
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            const int r = r0 + 32 * c;
-            uint4 frag_v{0, 0, 0, 0};
-            if (r + 8 * t < rank && row >= 0) frag_v = *reinterpret_cast<const uint4*>(v + 4 * t + r);
-#pragma unroll
-            for (int i = 0; i < kUnrollN; ++i) mma_32<T>(acc[i], frag_b[c][i][0], frag_b[c][i][1], frag_v);
-          }
-        }
-      } else {
-#pragma unroll 1
-        for (int r0 = 0; r0 < rank; r0 += 16) {
-          uint2 frag_v{0, 0};
-          if (row >= 0 && r0 + 4 * t < rank) frag_v = *reinterpret_cast<const uint2*>(v + r0);
-          const uint32_t operand_v[2] = {frag_v.x, frag_v.y};
-#pragma unroll
-          for (int i = 0; i < kUnrollN; ++i) {
-            const int out = (unit + i * kWarps) * kUnitN + g;
-            uint2 low = load_ranks(b, b_pitch, out, slice.width, r0 + 4 * t, rank, b_aligned);
-            uint2 high = load_ranks(b, b_pitch, out + 8, slice.width, r0 + 4 * t, rank, b_aligned);
-            const uint32_t operand_b[4] = {low.x, high.x, low.y, high.y};
-            ptx::mma_m16n8k16<T>(acc[i], operand_b, operand_v);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kUnrollN; ++i) {
-        const float2 low = unpack(ptx::transpose_m8n8(y_in[i][0]), T{});
-        const float2 high = unpack(ptx::transpose_m8n8(y_in[i][1]), T{});
-        const uint32_t out_low =
-            ptx::transpose_m8n8(pack(fmaf(entry.scale, acc[i][0], low.x), fmaf(entry.scale, acc[i][1], low.y), T{}));
-        const uint32_t out_high =
-            ptx::transpose_m8n8(pack(fmaf(entry.scale, acc[i][2], high.x), fmaf(entry.scale, acc[i][3], high.y), T{}));
-        const int n0 = (unit + i * kWarps) * kUnitN;
-        const bool live = row >= 0 && unit + i * kWarps < n.end;
-        if (live) *reinterpret_cast<uint32_t*>(y + n0) = out_low;
-        if (live && n0 + 8 < slice.width) *reinterpret_cast<uint32_t*>(y + n0 + 8) = out_high;
-        y_in[i][0] = y_next[i][0];
-        y_in[i][1] = y_next[i][1];
       }
     }
   }
-  ptx::cluster_wait();
+  bool guess = true;
+  uint32_t phases = 0;  // parities of the barriers: partials in bit 0, v in bit 1
+#pragma unroll 1
+  while (true) {
+    const T* b;
+    T* y;
+    const T* b_half[kHalves];
+    // output 8 * (g / 2) + 2j + g % 2 of 32 is row g of mma j; beyond the width: of the unit's first 8
+    const auto b_of_half = [&](int unit, int i) {
+      const int eight = i * 32 + g / 2 * 8;
+      return b + int64_t{unit * kOutputs + eight < slice.width ? eight : 0} * b_stride;
+    };
+    // ---- shrink: 16 ranks at a time, the warp's part of K
+    {
+      float acc[2][4] = {};
+      // cleared: the registers of what a path may leave unset would be kept through the whole kernel
+      uint4 a_frag[kStepUnits][2] = {}, x_frag[kStepUnits] = {};
+      int r = first_rank;
+      int u = k.begin;
+      const auto load = [&] {
+#pragma unroll
+        for (int i = 0; i < kStepUnits; ++i) {
+          if (u + i >= k.end) break;
+          const int offset = (u + i) * kUnitK;
+          a_frag[i][0] = ptx::load_weights16(a_low + offset);
+          a_frag[i][1] = ptx::load_weights16(a_high + offset);
+          x_frag[i] = ptx::load16(x + offset);
+        }
+      };
+      if (guess) ptx::wait_for_previous_grid();
+      if (r < rank) load();
+      int32_t now = job.word;
+      if (guess) now = ptx::load_fresh4(job.at);
+      // while these are on their way: where the warp's first outputs lie
+      b = static_cast<const T*>(slice.b) + b_offset + ((n.begin + warp) * kOutputs + g % 2) * int64_t{b_stride};
+      y = static_cast<T*>(task.y) + row * task.y_stride + slice.col + (n.begin + warp) * kOutputs + 8 * t;
+#pragma unroll
+      for (int i = 0; i < kHalves; ++i) b_half[i] = b_of_half(n.begin + warp, i);
+#pragma unroll 1
+      while (r < rank) {
+#pragma unroll
+        for (int i = 0; i < kStepUnits; ++i) {
+          if (u + i >= k.end) break;
+          const Rows32 rows_of_x(x_frag[i], {0, 0, 0, 0});
+          mma_32<T>(acc[0], rows_of_x, a_frag[i][0]);
+          mma_32<T>(acc[1], rows_of_x, a_frag[i][1]);
+        }
+        u += kStepUnits;
+        if (u >= k.end) {
+          // ranks 2t, 2t + 1 of the first and second 8, of row g; zeros beyond the true rank
+          float* to = partial + (split * kRows + g) * at.partial_pitch + r + 2 * t;
+          const int left = rank - r - 2 * t;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int ranks = i * 8;
+            const float2 pair{ranks < left ? acc[i][0] : 0.f, ranks + 1 < left ? acc[i][1] : 0.f};
+            if (g < rows) *reinterpret_cast<float2*>(to + ranks) = pair;
+          }
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.f;
+          r += (kWarps >> task.k_split_log2) * kRankTile;
+          if (r >= rank) break;
+          set_ranks(r);
+          u = k.begin;
+        }
+        load();
+      }
+      if (guess) {
+        guess = false;
+        if (__any_sync(0xffffffffu, now != job.word)) {  // a wrong guess has spoilt nothing but this warp's partial
+          job.read(task, index, blockIdx.y);
+          prepare();
+          set_ranks(first_rank);
+          continue;
+        }
+      }
+    }
+    if (index >= jobs) break;
+
+    if (rank > 0) {
+      // ---- the blocks' partials to those that add them
+      const bool few = quads <= kFewQuads;
+      const bool direct = !kWide && rank <= kRankTile && (few || blocks == 1);
+      const int chunk = few ? quads : (quads + blocks - 1) >> blocks_log2;  // quads that a block adds
+      const int first_mine = few ? 0 : block * chunk;
+      const int mine = min(max(quads - first_mine, 0), chunk);
+      const auto row_of = [&](int quad) { return static_cast<int>(__umulhi(quad, quads_inverse)); };
+      const auto in_partial = [&](int quad) {
+        const int row = row_of(quad);
+        return reinterpret_cast<const float4*>(partial + row * at.partial_pitch) + (quad - row * quads_a_row);
+      };
+      const int partial_stride = kRows * at.partial_pitch / 4;
+      if (blocks > 1 && threadIdx.x == 0) {
+        ptx::expect_bytes(partials_arrived, static_cast<uint32_t>(mine * 16) << blocks_log2);
+        if (!few) ptx::expect_bytes(v_arrived, static_cast<uint32_t>(quads * 8));
+      }
+      __syncthreads();
+      if (blocks > 1) {
+        if (arrived) ptx::cluster_wait();  // the others run, and are done with what came before
+        arrived = false;
+        // Neighbouring lanes store to one block, to neighbouring places: a warp's stores to several blocks go one by
+        // one.
+        const int lanes_log2 = min(32 - __clz(chunk - 1), 5);
+        const int first_to = threadIdx.x >> lanes_log2;
+#pragma unroll 1
+        for (int i = threadIdx.x & ((1 << lanes_log2) - 1); i < chunk; i += 32) {
+          float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+          for (int to = first_to; to < blocks; to += kThreads >> lanes_log2) {
+            const int quad = few ? i : to * chunk + i;
+            if (quad >= quads) break;
+            if (!few || to == first_to) sum = add_quads(in_partial(quad), partial_stride, task.k_split_log2);
+            ptx::store_async(ptx::map_to_rank(inbox + block * chunk + i, to), sum,
+                             ptx::map_to_rank(partials_arrived, to));
+          }
+        }
+      }
+
+      // ---- expand: the warp's units of outputs
+      float acc[kHalves * 4][4] = {};
+      uint4 b_frag[8] = {}, y_frag[kHalves] = {};
+      uint32_t v_frag[4] = {};  // where direct
+      int unit = n.begin + warp;
+      const int alignment = static_cast<int>(b_offset) | b_stride;
+      const auto is_wide = [&](int r) { return kWide && r + 32 <= rank && (alignment & 7) == 0; };
+      // of this lane's y: the first or second 32 outputs
+      const auto has_piece = [&](int i) { return g < rows && unit * kOutputs + i * 32 + 8 * t < slice.width; };
+      const auto b_row = [&](int j) { return b_half[j / 4 % kHalves] + int64_t{j % 4 * 2} * b_stride; };
+      bool have_v = false;
+      int r = 0;
+#pragma unroll 1
+      while (true) {
+        if (unit < n.end) {
+          if (r == 0) {
+#pragma unroll
+            for (int i = 0; i < kHalves; ++i) {
+              if (has_piece(i)) y_frag[i] = ptx::load16(y + i * 32);
+            }
+          }
+          if (is_wide(r)) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) b_frag[j] = ptx::load_weights16(b_row(j) + r + 8 * t);
+            if (is_wide(r + 32)) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) b_frag[4 + j] = ptx::load_weights16(b_row(j) + r + 32 + 8 * t);
+            }
+          } else if ((alignment & 3) == 0 && rank % 4 == 0) {
+            const bool inside = r + 4 * t < rank;
+#pragma unroll
+            for (int j = 0; j < kHalves * 4; ++j) {
+              const uint2 ranks = ptx::load_weights8_if(inside, b_row(j) + r + 4 * t);
+              b_frag[j].x = ranks.x;
+              b_frag[j].y = ranks.y;
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < kHalves * 4; ++j) {
+              const uint2 ranks = load_ranks(b_row(j), r + 4 * t, rank);
+              b_frag[j].x = ranks.x;
+              b_frag[j].y = ranks.y;
+            }
+          }
+        }
+        if (!have_v) {
+          have_v = true;
+          if (blocks > 1) ptx::wait_barrier_cluster(partials_arrived, phases & 1);
+          // v: the partials in order, as 16-bit operands of the second product: its one rounding, unscaled as in the
+          // plain formula, so that a scale above 1 cannot overflow float16 earlier than there
+          const auto add_all = [&](int slot, int quad) {
+            const bool alone = blocks == 1;
+            return add_quads(alone ? in_partial(quad) : inbox + slot, alone ? partial_stride : chunk,
+                             alone ? task.k_split_log2 : blocks_log2);
+          };
+          if (direct) {
+            if (g < rows) {
+              const float4 sum = add_all(g * quads_a_row + t, g * quads_a_row + t);
+              v_frag[0] = pack(sum.x, sum.y, T{});
+              v_frag[2] = pack(sum.z, sum.w, T{});
+            }
+          } else {
+            const bool all = few || blocks == 1;
+#pragma unroll 1
+            for (int i = all ? threadIdx.x : threadIdx.x % 32; i < (all ? quads : mine); i += all ? kThreads : 32) {
+              const int quad = all ? i : first_mine + i;
+              const float4 sum = add_all(i, quad);
+              const uint2 rounded{pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
+              const int row = row_of(quad);
+              T* to = smem_v + row * at.v_pitch + 4 * (quad - row * quads_a_row);
+              if (all) {
+                *reinterpret_cast<uint2*>(to) = rounded;
+              } else {
+#pragma unroll 1
+                for (int other = warp; other < blocks; other += kWarps) {
+                  ptx::store_async(ptx::map_to_rank(to, other), rounded, ptx::map_to_rank(v_arrived, other));
+                }
+              }
+            }
+            if (all) {
+              __syncthreads();
+            } else {
+              ptx::wait_barrier_cluster(v_arrived, phases >> 1);
+              phases ^= 2;
+            }
+          }
+        }
+        if (unit >= n.end) break;
+        if (is_wide(r)) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (i == 1 && !is_wide(r)) break;
+            const T* v = smem_v + g * at.v_pitch + r + 8 * t;
+            const uint4 low = *reinterpret_cast<const uint4*>(v);
+            const Rows32 rows_of_v(low, {0, 0, 0, 0});
+#pragma unroll
+            for (int j = 0; j < kHalves * 4; ++j) mma_32<T>(acc[j], rows_of_v, b_frag[4 * i % 8 + j]);
+            r += 32;
+          }
+        } else {
+          if (!direct) {
+            const T* v = smem_v + g * at.v_pitch + r + 4 * t;
+            const uint2 low = *reinterpret_cast<const uint2*>(v);
+            v_frag[0] = low.x;
+            v_frag[2] = low.y;
+          }
+#pragma unroll
+          for (int j = 0; j < kHalves * 4; ++j) {
+            const uint32_t weights[2] = {b_frag[j].x, b_frag[j].y};
+            ptx::mma_m16n8k16<T>(acc[j], v_frag, weights);
+          }
+          r += 16;
+        }
+        if (r < rank) continue;
+#pragma unroll
+        for (int i = 0; i < kHalves; ++i) {
+          if (!has_piece(i)) continue;
+          float delta[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) delta[j] = acc[i * 4 + j / 2][j % 2];
+          ptx::store16(y + i * 32, add_scaled<T>(y_frag[i], scale, delta));
+        }
+#pragma unroll
+        for (int i = 0; i < kHalves * 16; ++i) acc[i / 4][i % 4] = 0.f;
+        r = 0;
+        unit += kWarps;
+        b += kWarps * kOutputs * int64_t{b_stride};
+        y += kWarps * kOutputs;
+#pragma unroll
+        for (int i = 0; i < kHalves; ++i) b_half[i] = b_of_half(unit, i);
+      }
+      phases ^= 1;
+    }
+
+    index += gridDim.x >> blocks_log2;
+    if (index >= jobs) break;
+    __syncthreads();  // all threads are done with shared memory
+    if (blocks > 1 && !arrived) ptx::cluster_arrive_relaxed();
+    arrived = blocks > 1;
+    job.read(task, index, blockIdx.y);
+    prepare();
+    set_ranks(first_rank);
+  }
+  if (arrived) ptx::cluster_wait();
 #else
   __trap();  // linear.cu sends no older device here
 #endif
 }
 
-template <typename T>
-cudaError_t launch_cluster(const ClusterTask& task, dim3 grid, int blocks, int smem, cudaStream_t stream) {
-  // attributes belong to the current device; setting them again costs less than remembering where they were set
-  cudaError_t error = cudaFuncSetAttribute(linear_cluster<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSmem);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(linear_cluster<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, linear_cluster<T>, task);
+ClusterSmem smem_of(const LinearTask& task) {
+  ClusterSmem at{};
+  at.partial_pitch = task.rank_cap + 8;
+  at.v_pitch = (task.rank_cap + 63) / 64 * 64 + 16;
+  const int quads = kRows * task.rank_cap / 4;
+  const int few = quads < kFewQuads ? quads : kFewQuads;
+  const int blocks = 1 << task.blocks_log2;
+  at.partial = 16;
+  at.inbox = at.partial + (4 << task.k_split_log2) * kRows * at.partial_pitch;
+  at.v = at.inbox + (blocks == 1 ? 0 : 16 * (quads + blocks > blocks * few ? quads + blocks : blocks * few));
+  at.bytes = at.v + 2 * kRows * at.v_pitch;
+  return at;
 }
 
-bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // How a call is spread over the device, from its capacities alone.
-struct Shape {
-  ClusterTask task;
-  int blocks;  // a cluster
-  dim3 grid;
-  int64_t smem;
+struct Spread {
+  ClusterTask params;
+  bool wide;  // kernels for ranks of 32 and more
+  int warps;  // of a block
 };
 
-Shape shape_of(const LoraParams& p) {
-  Shape shape{};
-  ClusterTask& task = shape.task;
-  task.header = p.plan.header;
+Spread spread(const LoraParams& p) {
+  Spread how{{linear_task(p), {}}, false, 4};
+  LinearTask& task = how.params.linear;
   task.tile = p.plan.tile;
-  task.order = p.plan.order;
-  task.table = p.slices.table;
-  task.x = p.x;
-  task.y = p.y;
-  task.x_stride = static_cast<int32_t>(p.x_stride);
-  task.y_stride = static_cast<int32_t>(p.y_stride);
-  task.k = static_cast<int32_t>(p.k);
-  task.rows = p.plan.rows;
-  task.groups = p.plan.groups;
-  task.slices = p.slices.count;
-  task.v_width = p.v_width;
-  int64_t widest = 0;
-  for (int s = 0; s < p.slices.count; ++s) {
-    task.slice[s] = {p.slices.a[s],
-                     p.slices.b[s],
-                     p.slices.b_elements[s],
-                     static_cast<int32_t>(p.slices.a_stride[s]),
-                     static_cast<int32_t>(min64(p.slices.a_rows[s], INT32_MAX)),
-                     p.slices.width[s],
-                     static_cast<int32_t>(p.slices.col[s])};
-    widest = widest > p.slices.width[s] ? widest : p.slices.width[s];
+  task.max_tiles = static_cast<int32_t>(p.plan.max_tiles);
+  task.rank_cap = static_cast<int32_t>(divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile);
+  // ranks of the slices are unknown here: an even share of v each
+  const int64_t rank = divide_up(p.v_width, p.slices.count);
+  how.wide = rank >= 32;
+  // Measured: the larger clusters, the better, as long as all blocks run at once, the next call's beside them, or have
+  // much to read each. Blocks of four warps, for few and short work, count as half.
+  int64_t outputs = 0;
+  for (int s = 0; s < p.slices.count; ++s) outputs += p.slices.width[s];
+  const int64_t runs = plan_max_runs(p.rows, p.slices.groups);
+  const int64_t clusters = (runs > p.rows / kTileRows ? runs : p.rows / kTileRows) * p.slices.count;
+  const int64_t bytes = (p.k * p.slices.count + outputs) * rank * 2 / p.slices.count;  // of a tile and slice
+  how.warps = !how.wide && bytes <= 256 * 1024 && clusters <= 48 ? 4 : 8;
+  while (task.blocks_log2 < 4) {
+    const int64_t blocks = (clusters << (task.blocks_log2 + 1)) * how.warps / 8;
+    const int64_t each = (bytes >> (task.blocks_log2 + 1)) * 8 / how.warps;
+    const bool better = blocks <= 132 || (blocks <= 200 && each >= 48 * 1024) || (blocks <= 300 && each >= 80 * 1024) ||
+                        each >= 128 * 1024;
+    if (!better) break;
+    ++task.blocks_log2;
   }
-  // about one block an SM; few blocks a cluster where each would have little to do, or where there is much for all
-  const int64_t runs = plan_max_runs(p.rows, p.plan.groups);
-  const int64_t slice_bytes = (p.k + widest) * (p.v_width / p.slices.count) * 2;
-  shape.blocks = slice_bytes >= 16 * 24 * 1024 ? 16 : 8;
-  const int64_t most_blocks = slice_bytes > 1024 * 1024 ? 75 : 150;
-  while (shape.blocks > 2 && runs * p.slices.count * shape.blocks > most_blocks) shape.blocks /= 2;
-  task.v_rows = static_cast<int32_t>(min64(p.rows, kRows));
-  task.v_ranks = (static_cast<int>(min64(p.v_width, kMaxRank)) + kPassRanks - 1) / kPassRanks * kPassRanks;
-  const auto v_bytes = [&] {
-    return int64_t{4} * shape.blocks * task.v_rows * (task.v_ranks + kPad) +
-           int64_t{2} * task.v_rows * (task.v_ranks + 8);
-  };
-  while (shape.blocks > 1 && v_bytes() > kMaxSmem / 2) shape.blocks /= 2;
-  const int64_t b_want = (widest / shape.blocks + 2 * kUnitN) * (task.v_ranks + 8) * 2;
-  task.b_bytes = static_cast<int>(min64(b_want, kMaxSmem - v_bytes()) / 16 * 16);
-  shape.smem = v_bytes() + task.b_bytes;
-  shape.grid = dim3(static_cast<unsigned>(min64(p.plan.max_tiles, 528 / shape.blocks) * shape.blocks), p.slices.count);
-  return shape;
+  // the warps of a block: over the ranks first, then over K
+  const int64_t rank_tiles = divide_up(rank, kRankTile);
+  while (rank_tiles << (task.k_split_log2 + 1) <= how.warps) ++task.k_split_log2;
+  how.params.smem = smem_of(task);
+  return how;
+}
+
+template <typename T>
+cudaError_t launch_cluster(const Device& device, const LaunchShape& shape, const Spread& how, cudaStream_t stream) {
+  if (how.wide) return launch<&linear_cluster<T, true, 8>, kMaxSmem>(device, shape, how.params, stream);
+  if (how.warps == 8) return launch<&linear_cluster<T, false, 8>, kMaxSmem>(device, shape, how.params, stream);
+  return launch<&linear_cluster<T, false, 4>, kMaxSmem>(device, shape, how.params, stream);
 }
 
 }  // namespace
 
 bool cluster_path_serves(const LoraParams& p) {
-  if (p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.x_stride % 8 != 0 || !aligned(p.x, 16)) return false;
-  if (p.x_div != 0 || p.row_map || p.row_weight || p.slices.col_stride != 1) return false;
-  constexpr int64_t kMax = 1 << 24;  // strides and sizes that 32-bit offsets hold
-  if (!aligned(p.y, 4) || p.y_stride % 2 != 0 || p.y_stride > kMax || p.x_stride > kMax || p.k > kMax) return false;
-  if (!aligned(p.plan.header, 16) || !aligned(p.slices.table, 16)) return false;
-  for (int s = 0; s < p.slices.count; ++s) {
-    if (!aligned(p.slices.a[s], 16) || !aligned(p.slices.b[s], 16) || p.slices.a_stride[s] % 8 != 0) return false;
-    if (p.slices.width[s] % 8 != 0 || p.slices.col[s] % 2 != 0 || p.slices.a_stride[s] > kMax ||
-        p.slices.width[s] > kMax) {
-      return false;
-    }
-  }
-  return true;
+  return fast_shrink_serves(p) && fast_expand_serves(p) && p.k % kUnitK == 0 && p.slices.groups > 0;
 }
 
 cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
-  if (p.plan.max_tiles == 0) return cudaSuccess;
-  const Shape shape = shape_of(p);
-  const int smem = static_cast<int>(shape.smem);
-  return p.dtype == DType::kBFloat16 ? launch_cluster<__nv_bfloat16>(shape.task, shape.grid, shape.blocks, smem, stream)
-                                     : launch_cluster<__half>(shape.task, shape.grid, shape.blocks, smem, stream);
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const Spread how = spread(p);
+  const LinearTask& task = how.params.linear;
+  if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
+  const int64_t most = 4 * device.sms / (p.slices.count << task.blocks_log2);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, most > 1 ? most : 1)) << task.blocks_log2,
+                    static_cast<unsigned>(p.slices.count), 1u << task.parts_log2);
+  shape.threads = how.warps * 32;
+  shape.smem_bytes = how.params.smem.bytes;
+  shape.cluster = 1 << task.blocks_log2;
+  shape.overlap = true;
+  return p.dtype == DType::kBFloat16 ? launch_cluster<__nv_bfloat16>(device, shape, how, stream)
+                                     : launch_cluster<__half>(device, shape, how, stream);
 }
 
 }  // namespace polylora::cuda

@@ -5,7 +5,7 @@
 // depends on K alone: a row's bits are the same in any batch.
 #include "common/dtype.cuh"
 #include "common/rows.cuh"
-#include "polylora/cuda.h"
+#include "linear/paths.h"
 
 namespace polylora::cuda {
 namespace {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kWarps * 32) shrink_general(const __grid_const
 
 }  // namespace
 
-cudaError_t shrink(const LoraParams& params, cudaStream_t stream) {
+cudaError_t shrink_general_path(const LoraParams& params, cudaStream_t stream) {
   if (params.plan.max_tiles == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(params.plan.max_tiles), params.slices.count, kRankBlocks);
   return dispatch_dtype(params.dtype, [&](auto element) {

@@ -1,8 +1,8 @@
 // plan, moe_plan: a stable sort of the rows by group, its runs and tiles, by one block in one launch.
 //
-// Up to kPlanSortRows rows the block holds all of them: a radix sort over the bits of a group id, then two scans
-// over the sorted rows (run index and start, tile index). Above, it counts rows per group in the plan's workspace,
-// scans the groups, and places the rows a sorted chunk at a time. All sums are of integers: the result depends on
+// Up to kPlanSortRows rows the block holds all of them: a radix sort over the bits of a group id, then a scan over the
+// sorted rows (run index and start). Above, it counts rows per group in the plan's workspace, scans the groups, and
+// places the rows a sorted chunk at a time. All sums are of integers: the result depends on
 // the ids alone. The sort's cost grows with the capacity, not with the rows in use.
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_reduce.cuh>
@@ -30,7 +30,7 @@ struct RunScanOp {
 // Sections of a plan, written.
 struct PlanSections {
   int32_t *header, *row_group, *order, *run_group, *run_start;
-  Tile* tile;
+  Tile *tile, *wide_tile;
   int32_t *pair_pos, *workspace;
 };
 
@@ -42,6 +42,7 @@ PlanSections sections(int32_t* plan, int64_t rows, int64_t groups, int64_t pairs
           plan + at.run_group,
           plan + at.run_start,
           reinterpret_cast<Tile*>(plan + at.tile),
+          reinterpret_cast<Tile*>(plan + at.wide_tile),
           pairs > 0 ? plan + at.pair_pos : nullptr,
           plan + at.workspace};
 }
@@ -94,8 +95,56 @@ __device__ void clear_inverse(const PlanTask& task) {
   __syncthreads();
 }
 
-__device__ void write_header(const PlanTask& task, int32_t active, int32_t runs, int32_t tiles, int32_t invalid,
-                             int32_t max_run) {
+// A run, before its tiles are written.
+struct Run {
+  int32_t group, start, rows, index;
+};
+
+// Tiles written so far; the longest run that this thread has seen.
+struct TileCounts {
+  int32_t tiles = 0, wide_tiles = 0, longest = 0;
+};
+
+// A run a thread, and where its tiles go.
+template <int kThreads>
+struct RunChunk {
+  Run run[kThreads];
+  int32_t tile[kThreads], wide_tile[kThreads];
+};
+
+template <int kRows>
+__device__ __forceinline__ void write_run_tiles(Tile* to, const Run& run) {
+  for (int32_t i = threadIdx.x % 32; i * kRows < run.rows; i += 32) {
+    to[i] = {run.group, run.start + i * kRows, min(kRows, run.rows - i * kRows), run.index};
+  }
+}
+
+// Writes the tiles of a chunk of runs, in order; a thread brings a run, of no rows where it has none. A warp writes the
+// tiles of a run: one run may hold nearly all rows.
+template <typename Block, int kThreads>
+__device__ void write_tiles(const PlanTask& task, typename Block::Storage& storage, RunChunk<kThreads>& chunk,
+                            const Run& mine, TileCounts& total) {
+  int32_t tile = 0, wide_tile = 0, tiles = 0, wide_tiles = 0;
+  __syncthreads();
+  typename Block::Scan(storage.scan).ExclusiveSum((mine.rows + kTileRows - 1) / kTileRows, tile, tiles);
+  __syncthreads();
+  typename Block::Scan(storage.scan)
+      .ExclusiveSum((mine.rows + kWideTileRows - 1) / kWideTileRows, wide_tile, wide_tiles);
+  chunk.run[threadIdx.x] = mine;
+  chunk.tile[threadIdx.x] = total.tiles + tile;
+  chunk.wide_tile[threadIdx.x] = total.wide_tiles + wide_tile;
+  __syncthreads();
+  for (int i = threadIdx.x / 32; i < kThreads; i += kThreads / 32) {
+    const Run run = chunk.run[i];
+    write_run_tiles<kTileRows>(task.out.tile + chunk.tile[i], run);
+    write_run_tiles<kWideTileRows>(task.out.wide_tile + chunk.wide_tile[i], run);
+  }
+  __syncthreads();
+  total = {total.tiles + tiles, total.wide_tiles + wide_tiles, max(total.longest, mine.rows)};
+}
+
+__device__ void write_header(const PlanTask& task, int32_t active, int32_t runs, const TileCounts& total,
+                             int32_t invalid, int32_t max_run) {
   int32_t* h = task.out.header;
   for (int i = 0; i < kPlanHeaderWords; ++i) h[i] = 0;
   h[kPlanVersion] = kPlanVersionValue;
@@ -103,9 +152,10 @@ __device__ void write_header(const PlanTask& task, int32_t active, int32_t runs,
   h[kPlanGroups] = static_cast<int32_t>(task.source.groups);
   h[kPlanActiveRows] = active;
   h[kPlanRuns] = runs;
-  h[kPlanTiles] = tiles;
+  h[kPlanTiles] = total.tiles;
   h[kPlanInvalid] = invalid;
   h[kPlanMaxRun] = max_run;
+  h[kPlanWideTiles] = total.wide_tiles;
   h[kPlanPairs] = task.out.pair_pos ? static_cast<int32_t>(task.source.p.pairs) : 0;
 }
 
@@ -131,6 +181,7 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
   extern __shared__ __align__(16) unsigned char smem[];
   auto& storage = *reinterpret_cast<typename Block::Storage*>(smem);
   __shared__ uint32_t last_key[kThreads];
+  __shared__ RunChunk<kThreads> chunk_runs;
 
   clear_inverse(task);
   uint32_t key[kItems];
@@ -145,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
   const uint32_t none = static_cast<uint32_t>(task.source.groups);
   bool head[kItems];
   find_heads<kThreads, kItems>(key, last_key, head);
-  int32_t flag[kItems], run[kItems], tile[kItems];
+  int32_t flag[kItems], run[kItems];
   const int32_t first = threadIdx.x * kItems;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -155,47 +206,35 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
   typename Block::Scan(storage.scan).InclusiveScan(flag, run, RunScanOp(), last_run);
   __syncthreads();
 
-  // tiles: every kTileRows-th row of a run starts one
   int32_t my_active = 0;
-  int32_t my_longest = 0;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const bool active = key[i] != none;
-    const int32_t place = first + i - (run[i] & 0xffff);
-    flag[i] = active && place % kTileRows == 0;
-    my_active += active;
-    if (active) my_longest = max(my_longest, place + 1);
-  }
-  int32_t tiles = 0;
-  typename Block::Scan(storage.scan).InclusiveSum(flag, tile, tiles);
-  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     if (key[i] == none) continue;
-    const int32_t run_index = (run[i] >> 16) - 1;
+    ++my_active;
     task.out.order[first + i] = static_cast<int32_t>(row[i]);
     if (head[i]) {
+      const int32_t run_index = (run[i] >> 16) - 1;
       task.out.run_group[run_index] = static_cast<int32_t>(key[i]);
       task.out.run_start[run_index] = first + i;
-    }
-    if (flag[i]) {
-      task.out.tile[tile[i] - 1] = {static_cast<int32_t>(key[i]), first + i, 0, run_index};
     }
   }
   const int32_t runs = last_run >> 16;
   const int32_t active = typename Block::Reduce(storage.reduce).Sum(my_active);
+  if (threadIdx.x == 0) task.out.run_start[runs] = active;
   __syncthreads();
-  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(my_longest, MaxOp());
-  if (threadIdx.x == 0) {
-    task.out.run_start[runs] = active;
-    write_header(task, active, runs, tiles, invalid, longest);
+
+  TileCounts total;
+  for (int32_t base = 0; base < runs; base += kThreads) {
+    const int32_t r = base + threadIdx.x;
+    Run my_run{0, 0, 0, r};
+    if (r < runs) {
+      const int32_t start = task.out.run_start[r];
+      my_run = {task.out.run_group[r], start, task.out.run_start[r + 1] - start, r};
+    }
+    write_tiles<Block>(task, storage, chunk_runs, my_run, total);
   }
-  // where a tile's run ends is known now
-  __syncthreads();
-  for (int32_t i = threadIdx.x; i < tiles; i += kThreads) {
-    Tile& t = task.out.tile[i];
-    t.rows = min(kTileRows, task.out.run_start[t.run + 1] - t.pos);
-  }
+  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(total.longest, MaxOp());
+  if (threadIdx.x == 0) write_header(task, active, runs, total, invalid, longest);
 }
 
 template <int kThreads, int kItems>
@@ -205,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) plan_many_chunks(const __grid_consta
   extern __shared__ __align__(16) unsigned char smem[];
   auto& storage = *reinterpret_cast<typename Block::Storage*>(smem);
   __shared__ uint32_t last_key[kThreads];
-  __shared__ int32_t run_of[kThreads], start_of[kThreads], tile_of[kThreads], count_of[kThreads];
+  __shared__ RunChunk<kThreads> chunk_of_runs;
 
   const int64_t rows = task.source.p.rows;
   const int64_t groups = task.source.groups;
@@ -230,44 +269,29 @@ __global__ void __launch_bounds__(kThreads) plan_many_chunks(const __grid_consta
   __syncthreads();
 
   // runs and tiles of every group; a group's count becomes its cursor
-  int32_t runs = 0, tiles = 0, active = 0, my_longest = 0;
+  int32_t runs = 0, active = 0;
+  TileCounts total;
   for (int64_t base = 0; base < groups; base += kThreads) {
     const int64_t g = base + threadIdx.x;
     const int32_t count = g < groups ? cursor[g] : 0;
-    my_longest = max(my_longest, count);
-    int32_t run = 0, start = 0, tile = 0, chunk_runs = 0, chunk_rows = 0, chunk_tiles = 0;
+    int32_t run = 0, start = 0, chunk_runs = 0, chunk_rows = 0;
     typename Block::Scan(storage.scan).ExclusiveSum(static_cast<int32_t>(count > 0), run, chunk_runs);
     __syncthreads();
     typename Block::Scan(storage.scan).ExclusiveSum(count, start, chunk_rows);
-    __syncthreads();
-    typename Block::Scan(storage.scan).ExclusiveSum((count + kTileRows - 1) / kTileRows, tile, chunk_tiles);
-    run_of[threadIdx.x] = runs + run;
-    start_of[threadIdx.x] = active + start;
-    tile_of[threadIdx.x] = tiles + tile;
-    count_of[threadIdx.x] = count;
     if (count > 0) {
       task.out.run_group[runs + run] = static_cast<int32_t>(g);
       task.out.run_start[runs + run] = active + start;
       cursor[g] = active + start;
     }
-    __syncthreads();
-    // a warp writes the tiles of a group: one group may hold nearly all rows
-    for (int i = threadIdx.x / 32; i < kThreads; i += kThreads / 32) {
-      for (int t = threadIdx.x % 32; t * kTileRows < count_of[i]; t += 32) {
-        const int32_t done = t * kTileRows;
-        task.out.tile[tile_of[i] + t] = {static_cast<int32_t>(base + i), start_of[i] + done,
-                                         min(kTileRows, count_of[i] - done), run_of[i]};
-      }
-    }
+    write_tiles<Block>(task, storage, chunk_of_runs, Run{static_cast<int32_t>(g), active + start, count, runs + run},
+                       total);
     runs += chunk_runs;
     active += chunk_rows;
-    tiles += chunk_tiles;
-    __syncthreads();
   }
-  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(my_longest, MaxOp());
+  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(total.longest, MaxOp());
   if (threadIdx.x == 0) {
     task.out.run_start[runs] = active;
-    write_header(task, active, runs, tiles, invalid, longest);
+    write_header(task, active, runs, total, invalid, longest);
   }
   __syncthreads();
 

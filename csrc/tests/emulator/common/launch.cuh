@@ -1,0 +1,41 @@
+// Launching on the CPU. See ../emulator.h.
+#pragma once
+
+#include "../emulator.h"
+
+namespace polylora::cuda {
+
+struct Device {
+  int index;
+  int major;
+  int sms;
+};
+
+/// The device that the launchers see; tests change it.
+inline Device emulated_device{0, 9, 132};
+
+inline cudaError_t current_device(Device& device) {
+  device = emulated_device;
+  return cudaSuccess;
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int threads = 0;
+  int64_t smem_bytes = 0;
+  int cluster = 1;
+  bool overlap = false;
+};
+
+/// The launches since a test last cleared it.
+inline std::vector<LaunchShape> launches;
+
+template <auto kKernel, int kMaxSmem, typename Params>
+cudaError_t launch(const Device& device, const LaunchShape& shape, const Params& params, cudaStream_t) {
+  if (shape.smem_bytes > kMaxSmem || (shape.cluster > 1 && device.major < 9)) return cudaErrorInvalidValue;
+  launches.push_back(shape);
+  emulator::run({shape.grid, shape.threads, shape.smem_bytes, shape.cluster}, [&] { kKernel(params); });
+  return cudaSuccess;
+}
+
+}  // namespace polylora::cuda

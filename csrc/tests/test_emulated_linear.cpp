@@ -1,0 +1,394 @@
+// The CUDA kernels of linear, run thread by thread on the CPU (emulator/emulator.h), against double precision.
+//
+// Every array ends at a page that faults. What no kernel may read is NaN. Until a kernel has waited for the one before
+// it, plan, table, x and y hold something else: the plan and table of another step, or noise.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "check.h"
+#include "common/launch.cuh"
+#include "linear/paths.h"
+#include "polylora/cpu.h"
+#include "reference.h"
+
+namespace polylora::cuda {
+bool batch_invariant() { return false; }
+}  // namespace polylora::cuda
+
+namespace polylora::testing {
+namespace {
+
+using emulator::GuardedBytes;
+
+/// Elements of a dtype in guarded memory, NaN until set.
+class Array {
+ public:
+  Array(DType dtype, int64_t count) : dtype_(dtype), bytes_(new GuardedBytes(count * size_of(dtype))) {}
+
+  void set(int64_t at, double value) {
+    const uint32_t bits = encode(round_to(value, dtype_), dtype_);
+    std::memcpy(bytes_->data() + at * size_of(dtype_), &bits, static_cast<size_t>(size_of(dtype_)));
+  }
+  double get(int64_t at) const {
+    uint32_t bits = 0;
+    std::memcpy(&bits, bytes_->data() + at * size_of(dtype_), static_cast<size_t>(size_of(dtype_)));
+    return decode(bits, dtype_);
+  }
+  unsigned char* data() const { return bytes_->data(); }
+  std::vector<unsigned char> copy() const { return {data(), data() + bytes_->size()}; }
+  void restore(const std::vector<unsigned char>& from) { std::copy(from.begin(), from.end(), data()); }
+
+ private:
+  DType dtype_;
+  std::unique_ptr<GuardedBytes> bytes_;
+};
+
+struct Shape {
+  DType dtype = DType::kBFloat16;
+  int64_t rows = 5, k = 64;
+  std::vector<int64_t> widths = {64};
+  int groups = 3;
+  std::vector<int> ranks = {16};  // of (group, slice), in turn; 0: absent
+  std::string ids = "mixed";
+  int64_t more_v = 0;       // columns of v beyond what the table uses
+  int64_t more_stride = 0;  // of B beyond the rank
+  bool odd_b = false;       // offsets and pitches of B that are no multiples of 8
+  bool shared_a = false;    // one A for all slices of a group
+  bool stale_is_noise = false;
+};
+
+class Problem {
+ public:
+  Problem(const Shape& shape, uint64_t seed)
+      : shape_(shape), random_(seed), slices_(static_cast<int>(shape.widths.size())) {
+    int64_t a_rows = 3, b_elements = 8, n = 8;
+    for (int s = 0; s < slices_; ++s) {
+      cols_.push_back(n);
+      n += shape.widths[static_cast<size_t>(s)] + 8;
+    }
+    y_stride_ = n;
+    x_stride_ = shape.k + 8;
+    a_stride_ = shape.k + 16;
+    int at_rank = 0;
+    for (int g = 0; g < shape.groups; ++g) {
+      int64_t v_col = 0;
+      SliceEntry first{};
+      for (int s = 0; s < slices_; ++s) {
+        SliceEntry entry{};
+        int rank = shape.ranks[static_cast<size_t>(at_rank++ % static_cast<int>(shape.ranks.size()))];
+        if (shape.shared_a && first.rank > 0 && rank > 0) rank = first.rank;
+        entry.rank = rank;
+        entry.scale = static_cast<float>(0.5 + random_.uniform());
+        if (rank == 0) {
+          entry.a_row = -5;
+          entry.v_col = 1 << 20;
+        } else {
+          entry.b_stride = static_cast<int32_t>((rank + 7) / 8 * 8 + shape.more_stride + (shape.odd_b ? 3 : 0));
+          entry.b_offset = b_elements + (shape.odd_b ? 1 : 0);
+          b_elements += (shape.widths[static_cast<size_t>(s)] * entry.b_stride + 15) / 8 * 8;
+          if (shape.shared_a && first.rank > 0) {
+            entry.a_row = first.a_row;
+            entry.v_col = first.v_col;
+          } else {
+            entry.a_row = static_cast<int32_t>(a_rows);
+            entry.v_col = static_cast<int32_t>(v_col);
+            a_rows += rank + 1;
+            v_col += rank;
+            first = entry;
+          }
+          v_width_ = std::max(v_width_, v_col);
+        }
+        table_.push_back(entry);
+      }
+    }
+    v_width_ = std::max<int64_t>(v_width_, 1) + shape.more_v;
+    a_.reset(new Array(shape.dtype, a_rows * a_stride_));
+    b_.reset(new Array(shape.dtype, b_elements));
+    x_.reset(new Array(shape.dtype, shape.rows * x_stride_));
+    y_.reset(new Array(shape.dtype, shape.rows * y_stride_));
+    a_rows_ = a_rows;
+    b_elements_ = b_elements;
+    for (int g = 0; g < shape.groups; ++g) {
+      for (int s = 0; s < slices_; ++s) {
+        const SliceEntry& entry = entry_of(g, s);
+        for (int64_t j = 0; j < entry.rank; ++j) {
+          for (int64_t i = 0; i < shape.k; ++i) {
+            a_->set((entry.a_row + j) * a_stride_ + i, normal() / std::sqrt(static_cast<double>(shape.k)));
+          }
+          for (int64_t i = 0; i < shape.widths[static_cast<size_t>(s)]; ++i) {
+            b_->set(entry.b_offset + i * entry.b_stride + j, normal() / std::sqrt(static_cast<double>(entry.rank)));
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < shape.rows; ++r) ids_.push_back(make_id(r));
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      for (int64_t i = 0; i < y_stride_; ++i) y_->set(r * y_stride_ + i, normal());
+      if (ids_[static_cast<size_t>(r)] < 0 || ids_[static_cast<size_t>(r)] >= shape.groups) continue;  // x stays NaN
+      for (int64_t i = 0; i < shape.k; ++i) x_->set(r * x_stride_ + i, normal());
+    }
+    const int64_t words = plan_layout(shape.rows, shape.groups, 0).words;
+    plan_.reset(new GuardedBytes(words * 4));
+    stale_plan_.reset(new GuardedBytes(words * 4));
+    table_bytes_.reset(new GuardedBytes(static_cast<int64_t>(table_.size() * sizeof(SliceEntry))));
+    make_plan(ids_, *plan_);
+    std::vector<int32_t> other;
+    for (int64_t r = 0; r < shape.rows; ++r)
+      other.push_back(static_cast<int32_t>(random_.between(-1, shape.groups - 1)));
+    make_plan(other, *stale_plan_);
+    if (shape.stale_is_noise) {
+      for (int64_t i = 0; i < words * 4; ++i) stale_plan_->data()[i] = static_cast<unsigned char>(random_.bits());
+    }
+    y_before_ = y_->copy();
+    x_truth_ = x_->copy();
+    plan_truth_ = {plan_->data(), plan_->data() + plan_->size()};
+  }
+
+  LoraParams params() {
+    LoraParams p{};
+    p.dtype = shape_.dtype;
+    p.rows = shape_.rows;
+    p.k = shape_.k;
+    p.x = x_->data();
+    p.x_stride = x_stride_;
+    p.y = y_->data();
+    p.y_stride = y_stride_;
+    p.v_width = static_cast<int32_t>(v_width_);
+    p.slices.table = reinterpret_cast<const SliceEntry*>(table_bytes_->data());
+    p.slices.groups = shape_.groups;
+    p.slices.count = slices_;
+    p.slices.col_stride = 1;
+    for (int s = 0; s < slices_; ++s) {
+      p.slices.a[s] = a_->data();
+      p.slices.a_stride[s] = a_stride_;
+      p.slices.a_rows[s] = a_rows_;
+      p.slices.b[s] = b_->data();
+      p.slices.b_elements[s] = b_elements_;
+      p.slices.width[s] = static_cast<int32_t>(shape_.widths[static_cast<size_t>(s)]);
+      p.slices.col[s] = cols_[static_cast<size_t>(s)];
+    }
+    p.plan = plan_view(reinterpret_cast<const int32_t*>(plan_->data()), shape_.rows, shape_.groups, 0);
+    return p;
+  }
+
+  /// All inputs as another step left them, until the kernel waits for it.
+  void spoil(uint64_t seed, bool stale) {
+    emulator::options().seed = seed;
+    const auto truth = [this] {
+      std::copy(plan_truth_.begin(), plan_truth_.end(), plan_->data());
+      std::memcpy(table_bytes_->data(), table_.data(), table_.size() * sizeof(SliceEntry));
+      x_->restore(x_truth_);
+      y_->restore(y_before_);
+    };
+    truth();
+    if (!stale) {
+      emulator::options().previous_grid = nullptr;
+      return;
+    }
+    std::memcpy(plan_->data(), stale_plan_->data(), static_cast<size_t>(plan_->size()));
+    if (random_.chance(0.5)) {
+      for (size_t i = 0; i < table_.size() * sizeof(SliceEntry); ++i) {
+        table_bytes_->data()[i] = static_cast<unsigned char>(random_.bits());
+      }
+    }
+    for (int64_t i = 0; i < shape_.rows * x_stride_; ++i) x_->set(i, 1e4);
+    emulator::options().previous_grid = truth;
+  }
+
+  /// Checks y; returns its bits.
+  std::vector<unsigned char> check(const std::string& what) {
+    Array before(shape_.dtype, shape_.rows * y_stride_);
+    before.restore(y_before_);
+    const double unit = shape_.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+    for (int64_t r = 0; r < shape_.rows; ++r) {
+      const int64_t group = ids_[static_cast<size_t>(r)];
+      for (int64_t column = 0; column < y_stride_; ++column) {
+        const double base = before.get(r * y_stride_ + column);
+        const double got = y_->get(r * y_stride_ + column);
+        double want = base, slack = 0;
+        bool written = false;
+        for (int s = 0; s < slices_; ++s) {
+          const int64_t n = column - cols_[static_cast<size_t>(s)];
+          if (n < 0 || n >= shape_.widths[static_cast<size_t>(s)] || group < 0 || group >= shape_.groups) continue;
+          const SliceEntry& entry = entry_of(static_cast<int>(group), s);
+          written = entry.rank > 0;
+          for (int64_t j = 0; j < entry.rank; ++j) {
+            const double term = entry.scale * v_of(r, entry, j) * b_->get(entry.b_offset + n * entry.b_stride + j);
+            want += term;
+            slack += std::fabs(term);
+          }
+        }
+        if (!written) {
+          CHECK(std::memcmp(y_->data() + 2 * (r * y_stride_ + column), y_before_.data() + 2 * (r * y_stride_ + column),
+                            2) == 0,
+                "%s: row %lld column %lld changed", what.c_str(), (long long)r, (long long)column);
+          continue;
+        }
+        const double bound = unit * std::fabs(want) * 1.01 + 1.1 * unit * slack + 1e-7;
+        CHECK(std::fabs(got - want) <= bound, "%s: row %lld (group %lld) column %lld: got %g, want %g, base %g",
+              what.c_str(), (long long)r, (long long)group, (long long)column, got, want, base);
+      }
+    }
+    return y_->copy();
+  }
+
+ private:
+  const SliceEntry& entry_of(int group, int slice) const {
+    return table_[static_cast<size_t>(group * slices_ + slice)];
+  }
+
+  double v_of(int64_t row, const SliceEntry& entry, int64_t j) {
+    const int64_t key = (row * a_rows_ + entry.a_row + j);
+    if (exact_v_.empty()) exact_v_.assign(static_cast<size_t>(shape_.rows * a_rows_), std::nan(""));
+    double& sum = exact_v_[static_cast<size_t>(key)];
+    if (std::isnan(sum)) {
+      sum = 0;
+      for (int64_t i = 0; i < shape_.k; ++i) {
+        sum += x_->get(row * x_stride_ + i) * a_->get((entry.a_row + j) * a_stride_ + i);
+      }
+    }
+    return sum;
+  }
+
+  int32_t make_id(int64_t row) {
+    if (shape_.ids == "none") return -1;
+    if (shape_.ids == "one") return 0;
+    if (shape_.ids == "each") return static_cast<int32_t>(row % shape_.groups);
+    if (shape_.ids == "segments") return static_cast<int32_t>(row * shape_.groups / shape_.rows);
+    if (random_.chance(0.1)) return static_cast<int32_t>(shape_.groups + 5);
+    return static_cast<int32_t>(random_.between(-1, shape_.groups - 1));
+  }
+
+  double normal() {
+    double sum = -6;
+    for (int i = 0; i < 12; ++i) sum += random_.uniform();
+    return sum;
+  }
+
+  void make_plan(const std::vector<int32_t>& ids, const GuardedBytes& plan) {
+    cpu::plan(PlanParams{reinterpret_cast<int32_t*>(plan.data()), ids.data(), false, shape_.rows, shape_.groups},
+              serial);
+  }
+
+  Shape shape_;
+  Random random_;
+  int slices_;
+  int64_t x_stride_, y_stride_, a_stride_, a_rows_, b_elements_, v_width_ = 0;
+  std::vector<int64_t> cols_;
+  std::vector<SliceEntry> table_;
+  std::vector<int32_t> ids_;
+  std::unique_ptr<Array> a_, b_, x_, y_;
+  std::unique_ptr<GuardedBytes> plan_, stale_plan_, table_bytes_;
+  std::vector<unsigned char> y_before_, x_truth_, plan_truth_;
+  std::vector<double> exact_v_;
+};
+
+using Path = cudaError_t (*)(const LoraParams&);
+
+cudaError_t cluster(const LoraParams& p) {
+  return cuda::cluster_path_serves(p) ? cuda::linear_cluster_path(p, nullptr) : cudaErrorNotSupported;
+}
+
+cudaError_t wide_path(LoraParams p, bool portable) {
+  if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
+  int64_t bytes = 0;
+  cuda::wide_scratch(p, true, bytes);
+  const GuardedBytes scratch(bytes);
+  p.scratch = scratch.data();
+  const cudaError_t error = cuda::shrink_wide_path(p, portable, true, nullptr);
+  emulator::options().previous_grid = nullptr;  // expand may count on shrink's having waited
+  return error == cudaSuccess ? cuda::expand_wide_path(p, true, nullptr) : error;
+}
+
+cudaError_t wide(const LoraParams& p) { return wide_path(p, false); }
+cudaError_t mma(const LoraParams& p) { return wide_path(p, true); }
+
+void run(const std::string& what, Path path, const Shape& shape, int runs = 2) {
+  Problem problem(shape, std::hash<std::string>()(what));
+  const LoraParams p = problem.params();
+  std::vector<unsigned char> first;
+  for (int i = 0; i < runs; ++i) {
+    problem.spoil(static_cast<uint64_t>(i + 1), i % 2 == 1);
+    CHECK(path(p) == cudaSuccess, "%s", what.c_str());
+    const auto bits = problem.check(what + (i % 2 == 1 ? ", stale before" : ""));
+    if (i == 0) first = bits;
+    CHECK(bits == first, "%s: other bits in run %d", what.c_str(), i);
+  }
+}
+
+// What every path must get right, at small sizes.
+void any_shape(const std::string& name, Path path, int64_t k_unit) {
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (int64_t rows : {1, 2, 8, 9, 16, 17, 40}) {
+      run(name + " rows " + std::to_string(rows), path, {dtype, rows, 256, {128, 64, 64}, 3, {16, 8, 32}}, 4);
+    }
+  }
+  for (int rank : {1, 3, 4, 8, 12, 16, 17, 24, 31, 32, 33, 48, 64, 100, 128, 200, 256}) {
+    run(name + " rank " + std::to_string(rank), path, {DType::kBFloat16, 6, 128, {64, 8}, 2, {rank}});
+  }
+  for (int64_t k : {8, 16, 24, 32, 40, 80, 96, 512, 520, 544}) {
+    if (k % k_unit == 0) run(name + " k " + std::to_string(k), path, {DType::kBFloat16, 3, k, {64}, 2, {16}});
+  }
+  for (int64_t n : {8, 24, 32, 40, 56, 72, 200, 1000}) {
+    run(name + " n " + std::to_string(n), path, {DType::kBFloat16, 3, 64, {n, 16}, 2, {16, 48}});
+  }
+  for (const char* ids : {"none", "one", "each", "segments"}) {
+    Shape shape{DType::kBFloat16, 33, 64, {72, 24}, 5, {8, 40}, ids};
+    run(name + " ids " + ids, path, shape, 4);
+    shape.stale_is_noise = true;
+    run(name + " noise before, ids " + ids, path, shape, 6);
+  }
+  run(name + " absent slices", path, {DType::kBFloat16, 20, 64, {64, 40, 128}, 4, {8, 0, 8, 0, 16, 0, 0, 0, 4}});
+  run(name + " all absent", path, {DType::kBFloat16, 4, 64, {64, 40}, 2, {0}});
+  Shape shape{DType::kBFloat16, 12, 96, {64, 40, 64}, 2, {12, 24}};
+  shape.more_stride = 24;
+  shape.more_v = 37;
+  run(name + " pitches above the rank", path, shape);
+  shape.odd_b = true;
+  run(name + " odd pitches of B", path, shape);
+  shape.odd_b = false;
+  shape.shared_a = true;
+  run(name + " one A for all slices", path, shape);
+  run(name + " many groups", path, {DType::kFloat16, 64, 64, {64}, 64, {4, 8, 16}, "each"});
+  run(name + " eight slices", path, {DType::kBFloat16, 9, 64, {64, 8, 72, 16, 24, 64, 32, 8}, 2, {16, 8, 4, 32, 20}});
+  run(name + " many ranks of many rows", path, {DType::kBFloat16, 16, 64, {64, 64, 64, 64}, 1, {128}, "one"});
+  for (int sms : {2, 5, 16}) {  // more work than blocks
+    cuda::emulated_device.sms = sms;
+    const std::string what = name + " on " + std::to_string(sms) + " SMs,";
+    run(what + " many groups", path, {DType::kFloat16, 64, 64, {64}, 64, {4, 8, 16}, "each"}, 4);
+    run(what + " some groups", path, {DType::kBFloat16, 33, 96, {200, 64}, 7, {4, 0, 32}, "mixed"}, 4);
+    run(what + " one group", path, {DType::kBFloat16, 40, 64, {128, 128, 64}, 1, {64}, "one"}, 4);
+  }
+  cuda::emulated_device.sms = 132;
+}
+
+void prefill() {
+  run("wide rows 300", wide, {DType::kBFloat16, 300, 320, {128, 64}, 3, {16, 40}, "segments"});
+  run("wide rows 257 of one", wide, {DType::kFloat16, 257, 128, {200}, 1, {24}, "one"});
+  run("wide rows 200 mixed", wide, {DType::kBFloat16, 200, 64, {72, 64}, 4, {8, 64, 130}, "mixed"});
+  run("wide, a rank above an even share", wide, {DType::kBFloat16, 40, 64, {64, 128}, 1, {200, 8}, "one"});
+  run("wide, more ranks than a pass takes", wide, {DType::kBFloat16, 20, 640, {64, 64, 8}, 1, {256, 100, 200}, "one"});
+  run("mma, K in planes", mma, {DType::kBFloat16, 150, 1024, {128, 64}, 3, {16, 40}, "segments"});
+  run("mma, K in planes, few rows", mma, {DType::kBFloat16, 5, 2048, {64}, 2, {33}, "mixed"});
+  for (int major : {8, 10}) {
+    cuda::emulated_device.major = major;
+    const std::string what = "wide on " + std::to_string(major) + ".0";
+    run(what, wide, {DType::kBFloat16, 150, 1024, {128, 64}, 3, {16, 40}, "segments"});
+    run(what + ", few rows", wide, {DType::kBFloat16, 5, 2048, {64}, 2, {33}, "mixed"});
+  }
+  cuda::emulated_device.major = 9;
+}
+
+}  // namespace
+}  // namespace polylora::testing
+
+int main() {
+  using namespace polylora;
+  testing::any_shape("cluster", testing::cluster, 32);
+  testing::any_shape("wide", testing::wide, 8);
+  testing::any_shape("mma", testing::mma, 8);
+  testing::prefill();
+  return testing::report();
+}
