@@ -1,6 +1,7 @@
 # make demo   set up, build, run the main job: real adapters, one batch, every row checked against PEFT
 # make test   set up, build, run all tests
 # Both need no step before them, no GPU, and use the GPU where there is one.
+# make bench  set up, build the C++ microbenchmarks too (needs nvcc; docs/benchmarks.md)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +9,7 @@ export MAX_JOBS ?= $(shell nproc)
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: demo test build setup lint format wheel clean
+.PHONY: demo test bench build setup lint format wheel clean
 
 demo: build
 	$(PY) -m polylora demo
@@ -16,6 +17,10 @@ demo: build
 test: build
 	$(VENV)/bin/ctest --test-dir $$($(PY) tools/build_dir.py) --output-on-failure
 	$(PY) -m pytest -n auto tests
+
+bench: setup
+	POLYLORA_BENCH=1 $(PY) setup.py build_ext --inplace
+	@echo "built: $$($(PY) tools/build_dir.py)/bench_linear and bench_embedding"
 
 build: $(VENV)/built
 

@@ -2,6 +2,7 @@
 
 POLYLORA_CUDA        ON, OFF or AUTO (default): compile the CUDA kernels when nvcc is found
 POLYLORA_CUDA_ARCHS  CMake's list of architectures, e.g. "90a-real" (default: all this nvcc knows from 8.0 on)
+POLYLORA_BENCH       1: build the C++ microbenchmarks too (docs/benchmarks.md)
 POLYLORA_BUILD_DIR   CMake's build folder (default: build/<platform>-<python>)
 MAX_JOBS             parallel compile jobs (default: the number of cores)
 """
@@ -42,6 +43,7 @@ class CMakeBuild(build_ext):
             f"-DPOLYLORA_OUTPUT_DIR={package}",
             f"-DPOLYLORA_CUDA={os.environ.get('POLYLORA_CUDA', 'AUTO')}",
             f"-DPOLYLORA_TESTS={'ON' if self.inplace else 'OFF'}",
+            f"-DPOLYLORA_BENCH={'ON' if os.environ.get('POLYLORA_BENCH') == '1' else 'OFF'}",
         ]
         if "POLYLORA_CUDA_ARCHS" in os.environ:
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['POLYLORA_CUDA_ARCHS']}")

@@ -1,0 +1,81 @@
+#include "chain.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "stats.h"
+
+namespace polylora::bench {
+namespace {
+
+constexpr int64_t kColdL2s = 3;
+constexpr int64_t kMinCalls = 20;
+constexpr int64_t kAlign = 256;
+constexpr uint64_t kSeedW = 101;
+constexpr uint64_t kSeedX = 102;
+
+}  // namespace
+
+Chain::Chain(const Problem& problem, const Cublas& cublas, const Device& device, cudaStream_t stream)
+    : problem_(problem), cublas_(cublas) {
+  const Case& c = problem.shape();
+  base_bytes_ = (c.width() * c.k * kElementBytes + kAlign - 1) / kAlign * kAlign;
+  bases_ = std::max<int64_t>(2, (kColdL2s * device.l2_bytes + base_bytes_ - 1) / base_bytes_);
+  w_ = DeviceBuffer(bases_ * base_bytes_, "base weights");
+  x_ = DeviceBuffer(c.rows * c.k * kElementBytes, "x of the base layers");
+  fill_random(w_.as<void>(), w_.bytes() / kElementBytes, problem.dtype(), 1 / std::sqrt(static_cast<double>(c.k)),
+              kSeedW, stream);
+  fill_random(x_.as<void>(), x_.bytes() / kElementBytes, problem.dtype(), 1, kSeedX, stream);
+}
+
+void Chain::enqueue_base(int64_t call) const {
+  const Case& c = problem_.shape();
+  const void* x = problem_.op() == Op::kLinear ? problem_.x(call) : x_.as<void>();
+  cublas_.gemm(problem_.dtype(), x, w_.at(call % bases_ * base_bytes_), problem_.y(call), c.rows, c.width(), c.k);
+}
+
+Verdict Chain::verify_chain(const Implementation& run, cudaStream_t stream) const {
+  constexpr int64_t kPairs = 2;
+  const Case& c = problem_.shape();
+  const int64_t y_bytes = c.rows * c.width() * kElementBytes;
+  DeviceBuffer y_base(y_bytes, "y of the base layer");
+  DeviceBuffer delta(c.rows * c.width() * static_cast<int64_t>(sizeof(float)), "reference delta");
+  check(cudaMemsetAsync(delta.as<void>(), 0, static_cast<size_t>(delta.bytes()), stream), "zeroing");
+  enqueue_base(kPairs - 1);
+  check(cudaMemcpyAsync(y_base.as<void>(), problem_.y(kPairs - 1), static_cast<size_t>(y_bytes),
+                        cudaMemcpyDeviceToDevice, stream),
+        "copy of y");
+  const Graph graph(
+      [&](int64_t i, cudaStream_t s) {
+        enqueue_base(i);
+        check(run(i, s), "the op in a chain");
+      },
+      kPairs, stream);
+  graph.replay(stream);
+  check(cudaStreamSynchronize(stream), "chain of " + c.name());
+  add_reference_delta(problem_, kPairs - 1, delta.as<float>(), stream);
+  Verdict verdict = compare_y(problem_, problem_.y(kPairs - 1), y_base.as<void>(), delta.as<float>(), stream);
+  if (!verdict.failure.empty()) verdict.failure = "after a base GEMM: " + verdict.failure;
+  return verdict;
+}
+
+ChainTiming Chain::time(const Implementation& run, const TimingOptions& options, cudaStream_t stream) const {
+  const int64_t calls = (kMinCalls + bases_ - 1) / bases_ * bases_;
+  const Graph with(
+      [&](int64_t i, cudaStream_t s) {
+        enqueue_base(i);
+        check(run(i, s), "the op in a chain");
+      },
+      calls, stream);
+  const Graph without([&](int64_t i, cudaStream_t) { enqueue_base(i); }, calls, stream);
+  const PairedTiming pairs = time_in_turn(with, without, options, stream);
+  std::vector<double> base;
+  std::vector<double> added;
+  for (size_t i = 0; i < pairs.first.size(); ++i) {
+    base.push_back(pairs.second[i] / static_cast<double>(calls));
+    added.push_back((pairs.first[i] - pairs.second[i]) / static_cast<double>(calls));
+  }
+  return {median(base), median(added), smallest(added), largest(added), calls, static_cast<int64_t>(added.size())};
+}
+
+}  // namespace polylora::bench

@@ -1,0 +1,59 @@
+// What is printed: aligned tables, or JSON lines; each line as soon as it is known.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "calibrate.h"
+#include "cases.h"
+#include "chain.h"
+#include "options.h"
+#include "timing.h"
+
+namespace polylora::bench {
+
+/// One case with one implementation.
+struct Row {
+  Case shape;
+  std::string path;
+  Timing timing;       // chain: of what the op adds
+  double base_us = 0;  // chain only
+  double error = 0;
+  bool cold = true;  // false: not enough memory to keep the weights cold
+};
+
+class Report {
+ public:
+  /// `limits`: of this device, or the documented ones where it was not calibrated.
+  Report(const Options& options, const Device& device);
+
+  void print_device() const;
+  void print_calibration(const Calibration& calibration);
+  void set_limits(const DeviceLimits& limits) { limits_ = limits; }
+  void begin(const std::vector<Case>& cases, const std::vector<std::string>& paths);
+  void add(const Row& row);
+  void add_not_served(const Case& c, const std::string& path) const;
+  void add_failure(const Case& c, const std::string& path, const std::string& why) const;
+  void end() const;
+
+  /// --list: the cases and their floors, nothing measured.
+  static void list(const Options& options, const std::vector<Case>& cases);
+
+ private:
+  struct Measured {
+    Regime regime;
+    std::string path;
+    double ratio;
+    double ratio_h100;
+  };
+
+  Options options_;
+  Device device_;
+  DeviceLimits limits_;
+  DeviceLimits h100_;
+  int name_width_ = 4;
+  int path_width_ = 4;
+  std::vector<Measured> measured_;
+};
+
+}  // namespace polylora::bench

@@ -1,0 +1,174 @@
+#include "run.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+
+#include "chain.h"
+#include "cutlass_grouped.h"
+#include "naive.h"
+#include "options.h"
+#include "report.h"
+#include "verify.h"
+
+namespace polylora::bench {
+namespace {
+
+constexpr const char* kPathVariable = "POLYLORA_PATH";
+
+// The library reads the variable at every call; a replay runs what was captured.
+void set_path(const std::string& path) {
+  if (path == "auto") {
+    unsetenv(kPathVariable);
+  } else {
+    setenv(kPathVariable, path.c_str(), 1);
+  }
+}
+
+class Runner {
+ public:
+  Runner(const Options& options, const Device& device) : options_(options), device_(device), report_(options, device) {
+    paths_ = options.paths;
+    const char* set = std::getenv(kPathVariable);
+    if (paths_.empty()) paths_.push_back(set && *set ? set : "auto");
+  }
+
+  int run(const std::vector<Case>& cases) {
+    report_.print_device();
+    if (options_.chain) cublas_ = std::make_unique<Cublas>(options_.cublas, stream_);
+    if (options_.calibrate) report_.print_calibration(calibrate(device_, stream_));
+    std::vector<std::string> columns = paths_;
+    columns.insert(columns.end(), options_.baselines.begin(), options_.baselines.end());
+    report_.begin(cases, columns);
+    for (const Case& c : cases) {
+      run_paths(c);
+      for (const std::string& baseline : options_.baselines) run_baseline(c, baseline);
+    }
+    report_.end();
+    return all_right_ ? kExitOk : kExitFailed;
+  }
+
+ private:
+  Problem::Options problem_options() const {
+    Problem::Options options;
+    options.dtype = options_.fp16 ? DType::kFloat16 : DType::kBFloat16;
+    options.activations_hot = options_.chain;
+    return options;
+  }
+
+  void run_paths(const Case& c) {
+    std::unique_ptr<Problem> problem;
+    for (const std::string& path : paths_) {
+      guarded(c, path, [&] {
+        if (!problem) problem = std::make_unique<Problem>(c, options_.op, problem_options(), device_, stream_);
+        set_path(path);
+        problem->reserve();
+        measure(*problem, path, [&](int64_t call, cudaStream_t stream) { return problem->run(call, stream); });
+      });
+    }
+  }
+
+  void run_baseline(Case c, const std::string& name) {
+    if (name == "cutlass") c.order = RowOrder::kSegments;
+    guarded(c, name, [&] {
+      Problem::Options options = problem_options();
+      options.equal_scales = name == "cutlass";
+      Problem problem(c, options_.op, options, device_, stream_);
+      if (name == "cutlass") {
+        const std::unique_ptr<CutlassBaseline> cutlass = make_cutlass_baseline(problem);
+        if (!cutlass) return report_.add_not_served(c, name);
+        measure(problem, name, [&](int64_t call, cudaStream_t stream) { return cutlass->run(call, stream); });
+      } else {
+        const NaiveBaseline naive(problem);
+        measure(problem, name, [&](int64_t call, cudaStream_t stream) { return naive.run(call, stream); });
+      }
+    });
+  }
+
+  // What one case cannot do ends that case; a CUDA error that stays with the context ends the run.
+  template <typename Body>
+  void guarded(const Case& c, const std::string& path, Body&& body) {
+    try {
+      body();
+    } catch (const CudaError& error) {
+      if (error.code == cudaErrorNotSupported) return report_.add_not_served(c, path);
+      all_right_ = false;
+      const bool forced = path != "auto" && error.code == cudaErrorInvalidValue;
+      report_.add_failure(c, path, std::string(error.what()) + (forced ? "; is there such a path?" : ""));
+      cudaGetLastError();
+      if (cudaDeviceSynchronize() != cudaSuccess) throw;
+    }
+  }
+
+  void measure(Problem& problem, const std::string& path, const Implementation& run) {
+    const Case& c = problem.shape();
+    const TimingOptions timing{options_.reps, options_.min_ms};
+    problem.reset(stream_);
+    Verdict verdict = verify(problem, run, stream_);
+    std::unique_ptr<Chain> chain;
+    if (verdict.failure.empty() && options_.chain) {
+      chain = std::make_unique<Chain>(problem, *cublas_, device_, stream_);
+      verdict = chain->verify_chain(run, stream_);
+    }
+    if (!verdict.failure.empty()) {  // a wrong result has no speed
+      all_right_ = false;
+      return report_.add_failure(c, path, verdict.failure);
+    }
+    Row row;
+    row.shape = c;
+    row.path = path;
+    row.error = verdict.error;
+    row.cold = problem.cold();
+    if (chain) {
+      const ChainTiming t = chain->time(run, timing, stream_);
+      row.base_us = t.base;
+      row.timing = {t.added, t.added_min, t.added_max, t.calls, t.replays};
+    } else {
+      const auto call = [&](int64_t i, cudaStream_t stream) { check(run(i, stream), "call of " + c.name()); };
+      row.timing = time_calls(call, problem.period(), timing, stream_);
+    }
+    report_.add(row);
+  }
+
+  Options options_;
+  Device device_;
+  Stream stream_;
+  Report report_;
+  std::unique_ptr<Cublas> cublas_;
+  std::vector<std::string> paths_;
+  bool all_right_ = true;
+};
+
+}  // namespace
+
+int bench_main(int argc, char** argv, bool embedding) {
+  const std::string program = embedding ? "bench_embedding" : "bench_linear";
+  try {
+    const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc), embedding);
+    if (options.help) {
+      std::printf("%s", usage(program, embedding).c_str());
+      return kExitOk;
+    }
+    const std::vector<Case> cases = select_cases(options);
+    if (options.list) {
+      Report::list(options, cases);
+      return kExitOk;
+    }
+    Device device;
+    std::string why_not;
+    if (!find_device(&device, &why_not)) {
+      std::fprintf(stderr, "%s: no GPU: %s\n", program.c_str(), why_not.c_str());
+      return kExitNoGpu;
+    }
+    return Runner(options, device).run(cases);
+  } catch (const UsageError& error) {
+    std::fprintf(stderr, "%s: %s\n", program.c_str(), error.what());
+    return kExitUsage;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s: %s\n", program.c_str(), error.what());
+    return kExitFailed;
+  }
+}
+
+}  // namespace polylora::bench
