@@ -1,12 +1,13 @@
 """The ``polylora`` command. Results go to stdout, progress and refusals to stderr.
 
 Exit codes: 0 done, 1 the answer is no (an adapter refused, a bound missed), 2 the question makes no sense here (wrong
-arguments, missing folder, no such device).
+arguments, missing folder, no such device), 3 the command needs a GPU and cannot use one here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, NO, USAGE = 0, 1, 2
+DONE, NO, USAGE, NO_GPU = 0, 1, 2, 3
 
 
 class _Version(argparse.Action):
@@ -61,7 +62,36 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--model", required=True, metavar="MODEL_DIR", help="folder with the model's config.json")
     check.add_argument("--json", action="store_true", help="as JSON")
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="measure the ops on a GPU, beside other LoRA kernels where installed")
+    _add_bench(bench.add_subparsers(required=True, metavar="WHAT"))
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    linear = commands.add_parser("linear", help="linear layers: check, then time")
+    linear.add_argument("--preset", choices=("quick", "issue", "full"), default="quick", help="cases (default quick)")
+    linear.add_argument("--case", action="append", default=[], metavar="CASE", help="this case instead of a preset, "
+                        "e.g. 'llama8b.qkv r16 M16 a16' or '4096->4096+1024 r16 M1'; may be repeated")  # fmt: skip
+    linear.add_argument("--filter", action="append", default=[], metavar="WORDS", help="only cases that fit all words, "
+                        "e.g. 'qkv r16 M1'; repeated: any of them")  # fmt: skip
+    linear.add_argument("--paths", type=_names, metavar="PATH,...",
+                        help="kernel paths of polylora: auto, or what POLYLORA_PATH takes (default auto)")  # fmt: skip
+    linear.add_argument("--peers", type=_names, metavar="PEER,...",
+                        help="of vllm, csgmv, triton, v2; or none (default: those that can be imported)")  # fmt: skip
+    linear.add_argument("--peers-path", metavar="DIR", help="folder that holds the peers' packages")
+    linear.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    linear.add_argument("--json", metavar="FILE", help="JSON lines there ('-': to stdout instead of the tables)")
+    linear.add_argument("--plot", metavar="FILE", help="draw the results: .svg or .png (needs matplotlib)")
+    linear.add_argument("--chain", action="store_true", help="also what the op adds to a chain of base GEMMs")
+    linear.add_argument("--idle", action="store_true", help="also a replay in which no row has an adapter")
+    linear.add_argument("--overhead", action="store_true", help="also the host time of an eager call")
+    linear.set_defaults(run=_bench_linear)
+
+    plot = commands.add_parser("plot", help="draw saved results; needs no GPU")
+    plot.add_argument("results", metavar="RESULTS", help="JSON lines of a run")
+    plot.add_argument("-o", "--output", required=True, metavar="FILE", help=".svg or .png")
+    plot.set_defaults(run=_bench_plot)
 
 
 def _positive(text: str) -> int:
@@ -69,6 +99,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"must be names between commas, each once, got {text!r}")
+    return names
 
 
 def _refuse(text: str) -> int:
@@ -263,6 +300,108 @@ def _check_report(result: dict[str, Any]) -> str:
         )
         lines += [f"  {key}" for key in saved]
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ bench
+
+
+def _bench_linear(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from polylora.bench import cases, linear, peers, report, timing
+
+    def refuse(text: str) -> int:
+        return _refuse(f"polylora bench linear: {text}")
+
+    try:
+        chosen = [cases.Case.parse(text) for text in arguments.case] or cases.PRESETS[arguments.preset]()
+    except ValueError as error:
+        return refuse(f"--case: {error}")
+    chosen = cases.select(chosen, arguments.filter)
+    if not chosen:
+        return refuse(f"--filter must leave a case of the preset {arguments.preset}, got {arguments.filter}")
+    wanted = list(peers.PEERS) if arguments.peers is None else [] if arguments.peers == ["none"] else arguments.peers
+    if unknown := [name for name in wanted if name not in peers.PEERS]:
+        return refuse(f"--peers must be none or of {', '.join(peers.PEERS)}, got {', '.join(unknown)}")
+    if arguments.peers_path is not None and not Path(arguments.peers_path).is_dir():
+        return refuse(f"--peers-path must be a folder, got {arguments.peers_path}")
+    target = arguments.json
+    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).resolve().parent.is_dir()):
+        return refuse(f"--json must be a file in a folder that exists, got {target}")
+    if arguments.plot is not None:
+        try:
+            report.check_plot(arguments.plot)
+        except report.PlotError as error:
+            return refuse(f"--plot: {error}")
+
+    if why := _why_no_gpu():
+        print(
+            f"polylora bench linear: needs a GPU: {why}. `polylora info` says what was built and what torch sees; "
+            "`polylora bench plot` draws saved results without a GPU.",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    found, missing = peers.find_peers(wanted, arguments.peers_path)
+    for name, why in missing.items():
+        print(f"polylora bench linear: without {name}: {why}", file=sys.stderr)
+    if missing and arguments.peers is not None:
+        return refuse(f"--peers must name what can be imported, got {', '.join(missing)}; see --peers-path")
+
+    started = time.perf_counter()
+
+    def progress(text: str) -> None:
+        print(f"[{time.perf_counter() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    options = linear.Options(
+        cases=chosen,
+        implementations=[peers.Polylora(p) for p in arguments.paths or [os.environ.get("POLYLORA_PATH") or "auto"]]
+        + found,
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype],
+        chain=arguments.chain,
+        idle=arguments.idle,
+        overhead=arguments.overhead,
+        notes={"preset": None if arguments.case else arguments.preset, "filter": arguments.filter},
+    )
+    with contextlib.ExitStack() as stack:
+        lines = sys.stdout if target == "-" else None
+        if target not in (None, "-"):
+            lines = stack.enter_context(open(target, "w", encoding="utf-8"))
+        sink = report.Sink(None if target == "-" else sys.stdout, lines)
+        try:
+            failures = linear.run(options, timing.CudaTimer(), sink, progress)
+        except linear.DeviceLost as error:
+            print(f"polylora bench linear: {error}", file=sys.stderr)
+            return NO
+    if arguments.plot is not None:
+        try:
+            report.plot(sink.records, arguments.plot)
+        except report.PlotError as error:
+            print(f"polylora bench linear: --plot: {error}", file=sys.stderr)
+            return NO
+    for text in failures:
+        print(f"polylora bench linear: failed: {text}", file=sys.stderr)
+    return NO if failures else DONE
+
+
+def _why_no_gpu() -> str:
+    """Why the ops cannot run on a GPU here; empty where they can."""
+    import torch
+
+    import polylora
+
+    if not torch.cuda.is_available():
+        return "no CUDA device is there (torch.cuda.is_available() is false)"
+    return "" if polylora.has_cuda_kernels() else "this build has no CUDA kernels (no nvcc at build time)"
+
+
+def _bench_plot(arguments: argparse.Namespace) -> int:
+    from polylora.bench import report
+
+    try:
+        report.plot(report.load(arguments.results), arguments.output)
+    except (report.ResultsError, report.PlotError) as error:
+        return _refuse(f"polylora bench plot: {error}")
+    return DONE
 
 
 if __name__ == "__main__":

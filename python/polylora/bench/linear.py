@@ -1,0 +1,396 @@
+"""The run of ``polylora bench linear``: every implementation is checked on a case, then timed on the same data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+
+import polylora
+from polylora.bench.cases import Case, Module
+from polylora.bench.peers import Call, Implementation
+from polylora.bench.problem import COLD, Problem, weight_sets
+from polylora.bench.report import OK, Record, Sink, Table, cell, number, write_means
+from polylora.bench.timing import Timing
+
+#: A result may be this far from float64: ||result - reference|| / ||delta||, the rounding of y included.
+ERROR_BOUND = 2e-2
+#: Shapes of which the host time of a call is measured: the GPU does nearly nothing.
+OVERHEAD_CASES = (Case(Module("64->64", 64, (64,)), 8, 1, 1), Case(Module("64->64+64+64", 64, (64, 64, 64)), 8, 4, 4))
+
+
+class Timer(Protocol):
+    """What a run needs of :class:`polylora.bench.timing.CudaTimer`."""
+
+    device: torch.device
+    l2_bytes: int
+
+    def scope(self) -> contextlib.AbstractContextManager: ...
+    def wake(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def calls(self, calls: Sequence[Call]) -> Timing: ...
+    def calls_after(self, calls: Sequence[Call], change: Call) -> Timing: ...
+    def added(self, base: Sequence[Call], calls: Sequence[Call]) -> tuple[Timing, Timing]: ...
+    def host(self, call: Call) -> Timing: ...
+
+
+class DeviceLost(RuntimeError):
+    """The device does not answer any more: nothing after this can be measured."""
+
+
+@dataclass
+class Options:
+    """What to run.
+
+    Attributes:
+        cases: see :mod:`polylora.bench.cases`.
+        implementations: in the order of the tables.
+        dtype: bfloat16 or float16.
+        chain: also what the op adds to a chain of base GEMMs.
+        idle: also a replay in which no row has an adapter (polylora only).
+        overhead: also the host time of an eager call.
+    """
+
+    cases: Sequence[Case]
+    implementations: Sequence[Implementation]
+    dtype: torch.dtype = torch.bfloat16
+    chain: bool = False
+    idle: bool = False
+    overhead: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def run(options: Options, timer: Timer, sink: Sink, progress: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Checks and times everything.
+
+    Args:
+        options: what.
+        timer: how.
+        sink: takes records and tables as they come.
+        progress: is told what happens.
+
+    Returns:
+        What polylora failed at, one line each; empty when all is well. Peers that fail are named in the tables.
+
+    Raises:
+        DeviceLost: a kernel left the device unusable. What was measured before is in the sink.
+    """
+    return _Run(options, timer, sink, progress).run()
+
+
+def describe_run(dtype: torch.dtype) -> Record:
+    """The ``run`` record: when, on what, with which versions."""
+    record = {
+        "kind": "run",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "polylora": polylora.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        it = torch.cuda.get_device_properties(torch.cuda.current_device())
+        record |= {"device": it.name, "sms": it.multi_processor_count, "capability": f"{it.major}.{it.minor}"}
+        record["l2_bytes"] = getattr(it, "L2_cache_size", None)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        record["triton"] = metadata.version("triton")
+    invariant = os.environ.get("POLYLORA_BATCH_INVARIANT")
+    return record | ({"batch_invariant": invariant} if invariant else {})
+
+
+class _Run:
+    def __init__(self, options: Options, timer: Timer, sink: Sink, progress: Callable[[str], None]) -> None:
+        self.options, self.timer, self.sink, self.progress = options, timer, sink, progress
+        self.implementations = list(options.implementations)
+        self.ours = [i for i in self.implementations if i.ours]
+        self.failures: list[str] = []
+        self.problems: dict[str, list[str]] = {}
+        self.out: set[tuple[str, str]] = set()  # (implementation, case) that failed once
+        self.names = [case.name for case in options.cases]
+
+    def run(self) -> list[str]:
+        options = self.options
+        self.sink.record(describe_run(options.dtype) | options.notes)
+        self.timer.wake()
+        passes = [("", self._alone_table, self._alone)]
+        if options.chain:
+            passes.append(("chain, ", self._chain_table, self._chain))
+        if options.idle and self.ours:
+            passes.append(("idle, ", self._idle_table, self._idle))
+        self.total, self.done, self.started = len(passes) * len(options.cases), 0, time.perf_counter()
+        for what, open_table, measure in passes:
+            self.table = open_table()
+            for case in options.cases:
+                self._tell(what + case.name)
+                try:
+                    measure(case)
+                except torch.OutOfMemoryError:
+                    self._note("left out", f"{what}{case.name}: it does not fit the device's memory")
+                self.done += 1
+                if self.timer.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            self._tell_problems()
+            if measure == self._alone:
+                write_means(self.sink, self.sink.records)
+                self._plans()
+        if options.overhead:
+            self.progress("host time of eager calls")
+            self._overhead()
+        return self.failures
+
+    def _tell(self, name: str) -> None:
+        spent = time.perf_counter() - self.started
+        left = f", about {spent / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        self.progress(f"{self.done + 1} of {self.total}{left}: {name}")
+
+    # ------------------------------------------------------------------------------------------------------- tables
+
+    def _alone_table(self) -> Table:
+        names = [i.name for i in self.implementations]
+        head = ["case", "weights MB", "x+y MB", "floor", *names]
+        if self.ours:
+            head.append(f"{self.ours[0].name}/floor")
+            if len(names) > len(self.ours):
+                head.append("best peer/ours")
+        self.sink.text("us a call in a CUDA graph, cold weights:\n")
+        return Table(self.sink, head, self.names)
+
+    def _chain_table(self) -> Table:
+        head = ["case", "base GEMM"]
+        for i in self.implementations:
+            head += [i.name, "quartiles".rjust(14)]
+        self.sink.text("\nus that a call adds to a chain of base GEMMs (torch.mm), each followed by the call:\n")
+        return Table(self.sink, head, self.names)
+
+    def _idle_table(self) -> Table:
+        self.sink.text("\nus a call, replayed with no row that has an adapter:\n")
+        return Table(self.sink, ["case", *(i.name for i in self.ours)], self.names)
+
+    def _note(self, who: str, text: str) -> None:
+        self.problems.setdefault(who, []).append(text)
+        self.progress(f"{who}: {text}")
+
+    def _tell_problems(self) -> None:
+        if self.problems:
+            self.sink.text()
+        for who, texts in self.problems.items():
+            more = f" (and {len(texts) - 1} more like it)" if len(texts) > 1 else ""
+            self.sink.text(f"{who}: {texts[0]}{more}")
+        self.problems = {}
+
+    # ----------------------------------------------------------------------------------------------------- measuring
+
+    def _problem(self, case: Case) -> Problem:
+        return Problem(case, self.timer.device, self.options.dtype, weight_sets(case, self.timer.l2_bytes))
+
+    def _measure(
+        self,
+        kind: str,
+        case: Case,
+        problem: Problem,
+        implementation: Implementation,
+        measure: Callable[[Implementation, list[Call]], Record],
+    ) -> Record:
+        """Prepares, checks and, where the check passes, measures; the record says what came of it."""
+        record: Record = {
+            "kind": kind,
+            "case": case.name,
+            "regime": case.regime,
+            "module": case.module.name,
+            "k": case.module.k,
+            "widths": list(case.module.widths),
+            "rank": case.rank,
+            "rows": case.rows,
+            "adapters": case.adapters,
+            "weights_mb": case.weight_bytes / 1e6,
+            "xy_mb": case.xy_bytes / 1e6,
+            "floor_us": case.floor_us,
+            "implementation": implementation.name,
+            "ours": implementation.ours,
+            "sets": problem.sets,
+        }
+        try:
+            with implementation.scope():
+                calls = implementation.prepare(problem)
+                error = problem.check(calls)
+                record["error"] = error if math.isfinite(error) else None
+                if error <= ERROR_BOUND:  # not so for NaN
+                    record |= {"status": OK} | measure(implementation, calls)
+                else:
+                    detail = f"error {error:.3g} against float64 must be at most {ERROR_BOUND:g}"
+                    record |= {"status": "wrong", "detail": detail}
+        except Exception as error:  # kernels of others raise whatever they like
+            status = "unserved" if implementation.declines(error) else "error"
+            record |= {"status": status, "detail": f"{type(error).__name__}: {error}"}
+        finally:
+            implementation.close()
+        self._judge(record)
+        self.sink.record(record)
+        if record["status"] == "error":
+            try:
+                self.timer.synchronize()
+            except Exception as error:
+                raise DeviceLost(f"{implementation.name} on {case.name} left the device unusable: {error}") from None
+        return record
+
+    def _judge(self, record: Record) -> None:
+        if record["status"] == OK:
+            return
+        name, case = record["implementation"], record["case"]
+        self.out.add((name, case))
+        if record["status"] == "unserved":
+            return
+        text = f"{case} ({record['kind']}): {str(record['detail']).strip().splitlines()[0][:300]}"
+        self._note(f"{name} {'FAILED' if record['ours'] else 'left out'}", text)
+        if record["ours"]:
+            self.failures.append(f"{name} on {text}")
+
+    def _measure_all(
+        self,
+        kind: str,
+        case: Case,
+        problem: Problem,
+        implementations: Sequence[Implementation],
+        measure: Callable[[Implementation, list[Call]], Record],
+    ) -> list[Record | None]:
+        """One record for each; None for one that failed on this case before."""
+        return [
+            None if (i.name, case.name) in self.out else self._measure(kind, case, problem, i, measure)
+            for i in implementations
+        ]
+
+    @staticmethod
+    def _timed(timing: Timing) -> Record:
+        times = {"us": timing.us, "low_us": timing.low, "high_us": timing.high}
+        return times | {"calls": timing.calls, "samples": timing.samples}
+
+    def _alone(self, case: Case) -> None:
+        def measure(_: Implementation, calls: list[Call]) -> Record:
+            timing = self.timer.calls(calls)
+            return self._timed(timing) | {"ratio": timing.us / case.floor_us}
+
+        with self.timer.scope():
+            problem = self._problem(case)
+            found = [self._measure("linear", case, problem, i, measure) for i in self.implementations]
+        cells = [case.name, number(case.weight_bytes / 1e6), number(case.xy_bytes / 1e6), number(case.floor_us)]
+        cells += map(cell, found)
+        if self.ours:
+            mine = next(record for record in found if record["ours"])
+            cells.append(cell(mine, "ratio"))
+            if len(found) > len(self.ours):
+                best = min((r["us"] for r in found if not r["ours"] and r["status"] == OK), default=math.nan)
+                cells.append(number(best / mine["us"] if mine["status"] == OK else None))
+        self.table.row(cells)
+
+    def _chain(self, case: Case) -> None:
+        k, n, size = case.module.k, case.module.width, torch.finfo(self.options.dtype).bits // 8
+        base_bytes = k * n * size  # a layer's base weights pass through the L2 as well
+        layers = max(1, math.ceil(COLD * self.timer.l2_bytes / (base_bytes + case.weight_bytes)))
+        with self.timer.scope():
+            problem = self._problem(case)
+            weights = torch.randn(layers, n, k, device=problem.device, dtype=problem.dtype).mul_(k**-0.5)
+            x, y = problem.x, problem.y
+
+            def layer(weight: torch.Tensor) -> Call:
+                transposed = weight.T
+                return lambda: torch.mm(x, transposed, out=y)
+
+            base = [layer(weight) for weight in weights]
+
+            def measure(_: Implementation, calls: list[Call]) -> Record:
+                alone, added = self.timer.added(base, calls)
+                return self._timed(added) | {"base_us": alone.us}
+
+            found = self._measure_all("chain", case, problem, self.implementations, measure)
+        times = [record["base_us"] for record in found if record and record["status"] == OK]
+        cells = [case.name, number(min(times, default=None))]
+        for record in found:
+            fine = record is not None and record["status"] == OK
+            cells += [cell(record), f"{record['low_us']:.2f}..{record['high_us']:.2f}" if fine else ""]
+        self.table.row(cells)
+
+    def _idle(self, case: Case) -> None:
+        with self.timer.scope():
+            problem = self._problem(case)
+            nobody = torch.full_like(problem.slot_of_row, -1)
+
+            def measure(implementation: Implementation, calls: list[Call]) -> Record:
+                def empty_plan() -> None:
+                    implementation.plan.fill(nobody)
+                    problem.y.copy_(problem.y0)
+
+                timing = self.timer.calls_after(calls, empty_plan)
+                if not torch.equal(problem.y, problem.y0):
+                    return {"status": "wrong", "detail": "rows without an adapter must keep their bits"}
+                return self._timed(timing)
+
+            found = self._measure_all("idle", case, problem, self.ours, measure)
+        self.table.row([case.name, *map(cell, found)])
+
+    # ------------------------------------------------------------------------------------------- plan and host time
+
+    def _plans(self) -> None:
+        """The plan, once for each number of rows and slots."""
+        if not self.ours:
+            return
+        sizes = sorted({(case.rows, case.adapters): case for case in self.options.cases}.items())
+        self.sink.text("\nThe plan, once a step for all layers, us in a CUDA graph:\n")
+        table = Table(self.sink, ["rows, adapters", "us"], [f"M{rows} a{slots}" for (rows, slots), _ in sizes])
+        for (rows, slots), case in sizes:
+            with self.timer.scope():
+                slot_of_row = torch.tensor(case.slot_of_row(), dtype=torch.int32, device=self.timer.device)
+                plan = polylora.Plan(rows, slots, device=self.timer.device)
+                timing = self.timer.calls([lambda plan=plan, ids=slot_of_row: plan.fill(ids)])
+            self.sink.record({"kind": "plan", "rows": rows, "slots": slots} | self._timed(timing))
+            table.row([f"M{rows} a{slots}", number(timing.us)])
+
+    def _overhead(self) -> None:
+        self.sink.text("\nHost time of one eager call, us (the bar for polylora: 6):\n")
+        rows = [*(i.name for i in self.implementations), "plan", "polylora, by keywords", "torch add_"]
+        table = Table(self.sink, ["call", *(case.name for case in OVERHEAD_CASES)], rows)
+        columns = [self._host_times(case) for case in OVERHEAD_CASES]
+        for name in rows:
+            if any(name in column for column in columns):
+                table.row([name, *(number(column.get(name)) for column in columns)])
+        self._tell_problems()
+
+    def _host_times(self, case: Case) -> dict[str, float]:
+        """us by what is called."""
+        found: dict[str, float] = {}
+
+        def add(name: str, call: Call) -> Record:
+            timing = self.timer.host(call)
+            found[name] = timing.us
+            return self._timed(timing)
+
+        with self.timer.scope():
+            problem = Problem(case, self.timer.device, self.options.dtype, 1)
+            for i in self.implementations:
+                self._measure("overhead", case, problem, i, lambda i, calls: add(i.name, calls[0]))
+            for name, call in self._other_calls(problem):
+                record = {"kind": "overhead", "case": case.name, "implementation": name, "status": OK}
+                self.sink.record(record | add(name, call))
+        return found
+
+    def _other_calls(self, problem: Problem) -> Iterable[tuple[str, Call]]:
+        case = problem.case
+        yield "torch add_", lambda: problem.y.add_(problem.y0)
+        if not self.ours:
+            return
+        plan = polylora.Plan(case.rows, case.adapters, device=problem.device)
+        yield "plan", lambda: plan.fill(problem.slot_of_row)
+        ranks, widths = [case.rank] * case.adapters, case.module.widths
+        table = polylora.SliceTable.from_dense_pool(problem.a[0], problem.b[0], ranks, problem.scales, widths=widths)
+        args, linear_ = table.args("linear_"), torch.ops.polylora.linear_
+        yield "polylora, by keywords", lambda: linear_(problem.y, problem.x, plan=plan.tensor, **args)

@@ -1,0 +1,229 @@
+"""What is measured: polylora's own paths, and the LoRA kernels of vLLM and SGLang where they can be imported.
+
+The peers are not part of this package. They are called as their engines call them, through two importable packages,
+each with a module ``api``:
+
+==========  =========================================================================================================
+``vllm``    ``vllm_lora_ops``: lora_shrink and lora_expand, the scale folded into B
+``csgmv``   ``sglang_lora_ops``: SGLang's default backend, with the chunk tiers up to 128 rows
+``triton``  ``sglang_lora_ops``: its Triton backend
+``v2``      ``sglang_lora_ops``: its plan-driven backend (triton_v2)
+==========  =========================================================================================================
+
+All read the same weights: polylora and SGLang in place, vLLM from tensors of its own. Grouping the rows (plan,
+metadata, routes) happens in ``prepare``, outside what is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import polylora
+from polylora.bench.problem import Problem
+
+Call = Callable[[], object]
+
+
+class Implementation:
+    """Something that adds the delta into ``problem.y``.
+
+    Attributes:
+        name: in tables and records.
+        ours: whether it is polylora; what fails there fails the run.
+    """
+
+    name = ""
+    ours = False
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        """Groups the rows and returns one call a weight set, each of which adds that set's delta into ``problem.y``.
+
+        What the calls need stays alive with them. To be called on the stream on which the calls will run.
+        """
+        raise NotImplementedError
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """A context that must be entered around ``prepare`` and around the calls."""
+        return contextlib.nullcontext()
+
+    def declines(self, error: Exception) -> bool:
+        """Whether what ``prepare`` or a call raised says that the case is not served, which is no failure."""
+        return False
+
+    def close(self) -> None:
+        """Forgets whatever outlives the calls."""
+
+
+class Polylora(Implementation):
+    """``torch.ops.polylora.linear_`` over tables of its own for each weight set.
+
+    Args:
+        path: what ``POLYLORA_PATH`` forces; ``auto``: nothing, the op chooses.
+    """
+
+    ours = True
+
+    def __init__(self, path: str = "auto") -> None:
+        self.path = path
+        self.name = "polylora" if path == "auto" else f"polylora:{path}"
+        self.plan: polylora.Plan | None = None
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        case = problem.case
+        self.plan = polylora.Plan(case.rows, case.adapters, device=problem.device).fill(problem.slot_of_row)
+        linear_, plan, y, x = torch.ops.polylora.linear_, self.plan.tensor, problem.y, problem.x
+        ranks = [case.rank] * case.adapters
+
+        def call(a: torch.Tensor, b: torch.Tensor) -> Call:
+            t = polylora.SliceTable.from_dense_pool(a, b, ranks, problem.scales, widths=case.module.widths)
+            args = t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width
+            return lambda: linear_(y, x, *args)
+
+        return [call(a, b) for a, b in zip(problem.a, problem.b, strict=True)]
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        before = os.environ.pop("POLYLORA_PATH", None)
+        if self.path != "auto":
+            os.environ["POLYLORA_PATH"] = self.path
+        try:
+            yield
+        finally:
+            os.environ.pop("POLYLORA_PATH", None)
+            if before is not None:
+                os.environ["POLYLORA_PATH"] = before
+
+    def declines(self, error: Exception) -> bool:
+        return self.path != "auto" and "cudaErrorNotSupported" in str(error)
+
+
+class Vllm(Implementation):
+    """vLLM: shrink into a zeroed fp32 buffer, then expand."""
+
+    name = "vllm"
+    package = "vllm_lora_ops"
+
+    def __init__(self, api: ModuleType) -> None:
+        self.api = api
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        self.api.clear_ptr_caches()  # they are keyed on addresses, and those are used again
+        meta = self.api.make_meta(problem.slot_of_row, problem.case.adapters, problem.device)
+        scales = torch.tensor(problem.scales, device=problem.device, dtype=problem.dtype)[:, None, None]
+        starts, lora_linear = problem.starts, self.api.lora_linear
+
+        def call(a: torch.Tensor, b: torch.Tensor) -> Call:
+            a_slices = [a[:, s].contiguous() for s in range(a.size(1))]
+            pairs = zip(starts, starts[1:], strict=False)
+            b_slices = [(b[:, begin:end] * scales).contiguous() for begin, end in pairs]
+            return lambda: lora_linear(problem.x, a_slices, b_slices, problem.y, meta)
+
+        return [call(a, b) for a, b in zip(problem.a, problem.b, strict=True)]
+
+    def close(self) -> None:
+        self.api.clear_ptr_caches()
+
+
+class _Sglang(Implementation):
+    """What SGLang's backends share: requests as (rows, adapter), A packed by slices in a slot, B as it is."""
+
+    package = "sglang_lora_ops"
+
+    def __init__(self, api: ModuleType) -> None:
+        self.api = api
+
+    def requests(self, problem: Problem) -> tuple[list[int], list[int], list[int], list[float]]:
+        """Rows and adapter of each request, rank and scale of each slot."""
+        lengths, adapters = map(list, zip(*problem.case.segments(), strict=True))
+        return lengths, adapters, [problem.case.rank] * problem.case.adapters, problem.scales
+
+    def weights(self, problem: Problem) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``[slots, slices * rank, K]`` and ``[slots, sum of widths, rank]``, one pair a weight set."""
+        for a, b in zip(problem.a, problem.b, strict=True):
+            yield a.flatten(1, 2), b
+
+
+class Csgmv(_Sglang):
+    """SGLang's chunked SGMV. Its server default keeps chunks at 16 rows, which is slower in prefill."""
+
+    name = "csgmv"
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        requests = self.requests(problem)
+        batch = self.api.build_csgmv_batch(*requests, device=problem.device, max_lora_chunk_size=128)
+        offsets = self.api.make_offsets(problem.starts, problem.device)
+        lora, x, y = self.api.csgmv_lora, problem.x, problem.y
+
+        def call(a: torch.Tensor, b: torch.Tensor) -> Call:
+            return lambda: lora(x, a, b, batch, offsets, y)
+
+        return [call(a, b) for a, b in self.weights(problem)]
+
+
+class Triton(_Sglang):
+    """SGLang's Triton backend: rows merged by adapter in decode, one segment a request in prefill."""
+
+    name = "triton"
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        phase = "decode" if problem.case.is_decode else "prefill"
+        batch = self.api.build_triton_batch(*self.requests(problem), device=problem.device, phase=phase)
+        offsets = self.api.make_offsets(problem.starts, problem.device)
+        lora, x, y = self.api.tri_lora, problem.x, problem.y
+
+        def call(a: torch.Tensor, b: torch.Tensor) -> Call:
+            return lambda: lora(x, a, b, batch, offsets, y)
+
+        return [call(a, b) for a, b in self.weights(problem)]
+
+
+class V2(_Sglang):
+    """SGLang's triton_v2. Routes and scratch are made by the first call on a stream, before any capture."""
+
+    name = "v2"
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        phase = "decode" if problem.case.is_decode else "prefill"
+        dense = self.api.V2Dense(problem.case.adapters, problem.device)
+        dense.begin(*self.requests(problem), phase=phase, graph_mode=problem.device.type == "cuda")
+        offsets = tuple(problem.starts)
+        kind = "lm_head" if problem.case.module.is_lm_head else "linear"
+        lora, x, y = dense.lora, problem.x, problem.y
+
+        def call(a: torch.Tensor, b: torch.Tensor) -> Call:
+            return lambda: lora(x, a, b, offsets, y, kind)
+
+        return [call(a, b) for a, b in self.weights(problem)]
+
+
+#: By name, in the order of the tables.
+PEERS = {peer.name: peer for peer in (Vllm, Csgmv, Triton, V2)}
+
+
+def find_peers(names: Sequence[str], folder: str | Path | None = None) -> tuple[list[Implementation], dict[str, str]]:
+    """The named peers that can be imported, and why the others cannot.
+
+    Args:
+        names: keys of :data:`PEERS`.
+        folder: looked in for their packages before everything else.
+    """
+    found: list[Implementation] = []
+    missing: dict[str, str] = {}
+    if folder is not None and (text := str(Path(folder).resolve())) not in sys.path:
+        sys.path.insert(0, text)  # and there it stays: the packages import their parts when they are used
+    for name in names:
+        peer: Any = PEERS[name]
+        try:
+            found.append(peer(importlib.import_module(f"{peer.package}.api")))
+        except Exception as error:  # whatever importing somebody else's package raises
+            missing[name] = f"{peer.package}: {type(error).__name__}: {error}"
+    return found, missing
