@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +15,42 @@ import torch
 from reference import NO_ROW, Adapter, Product, assert_close, assert_same_bits
 from torch import Tensor
 
-ops = torch.ops.polylora
+
+class PathOp:
+    """An op of polylora; a call that the forced path does not serve goes the way that the op picks itself."""
+
+    turn = threading.Lock()
+
+    def __init__(self, op) -> None:
+        self.op = op
+
+    def __getattr__(self, name: str):
+        return getattr(self.op, name)
+
+    def __call__(self, *args, **kwargs):
+        try:
+            return self.op(*args, **kwargs)
+        except RuntimeError as error:
+            if "cudaErrorNotSupported" not in str(error):
+                raise
+            with PathOp.turn:  # of threads, one at a time changes the environment
+                forced = os.environ.pop("POLYLORA_PATH", None)
+                if not forced:
+                    raise
+                try:
+                    return self.op(*args, **kwargs)  # what was refused has written nothing
+                finally:
+                    os.environ["POLYLORA_PATH"] = forced
+
+
+class PathOps:
+    """torch.ops.polylora on every path. Which shapes a path must serve itself: test_ops_safety.py."""
+
+    def __getattr__(self, name: str) -> PathOp:
+        return PathOp(getattr(torch.ops.polylora, name))
+
+
+ops = PathOps()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("slots", "packed", "ragged", "per_slice")
@@ -430,18 +467,20 @@ def make_embedding_case(
     ids: str | Sequence[int] = "mixed",
     tokens: str = "invalid",
     token_dtype: torch.dtype = torch.int64,
+    aligned: bool = False,
     seed: int = 0,
 ) -> DenseCase:
     """An embedding_ call. Slots [slots, r, vocab] or, token_major, [slots, vocab, r], poison behind the true rank."""
     gen = torch.Generator().manual_seed(2000 + seed)
-    widths, slices, width_r = list(widths), len(widths), max(ranks) + 3
+    widths, slices, unit = list(widths), len(widths), 8 if aligned else 1
+    width_r = ref.round_up(max(ranks) + 3, unit)
     adapters = make_adapters(groups, widths, vocab, gen, dtype, ranks, absent=0.2 if slices > 1 else 0.0)
     for adapter in adapters:  # A is looked up, so its elements, not their sums over K, make the size of v
         seen: dict[int, Tensor] = {}
         adapter.a = [
             None if a is None else seen.setdefault(id(a), (a.float() * vocab**0.5).to(dtype)) for a in adapter.a
         ]
-    pools = make_pools(adapters, widths, vocab, dtype, device, gen, "slots")
+    pools = make_pools(adapters, widths, vocab, dtype, device, gen, "slots", aligned)
     if token_major:
         entries = pools.entries
         a = poisoned((groups * slices * vocab, width_r), dtype, gen)
@@ -464,7 +503,7 @@ def make_embedding_case(
         bad = torch.rand(rows, generator=gen) < 0.2
         token_list[bad] = junk[torch.randint(0, len(junk), (int(bad.sum()),), generator=gen)]
     token_list[torch.tensor(row_group) < 0] = vocab + 5  # ids of rows without an adapter must not be followed
-    cols, y_width = columns(widths, True, 1)
+    cols, y_width = columns(widths, True, unit)
     values = noise((rows, y_width), dtype, gen)
     parts = []
     known = (token_list >= 0) & (token_list < vocab)
@@ -481,7 +520,7 @@ def make_embedding_case(
                 what = f"group {g} slice {s} (rank {rank}, {len(at)} rows)"
                 parts.append(Part(what, at, cols_s, ref.add(y_s, delta), delta.exact, rank))
     assert_lora_matters(parts)
-    y = Guarded(values, device, gen, left=1, right=4)
+    y = Guarded(values, device, gen, left=unit, right=4 * unit)
     plan = plan_rows(group_ids, groups)
     case = DenseCase(adapters, widths, cols, row_group, invalid, pools, group_ids, plan, torch.empty(0), y, parts)
     case.token_ids = token_list.to(token_dtype).to(device)

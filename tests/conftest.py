@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-# Kernel variants that the environment variable POLYLORA_PATH forces, by device; None: whatever the op picks.
+# Kernel variants that the environment variable POLYLORA_PATH forces, by device; None: whatever the op picks, which for
+# few rows is "cluster". Where one does not serve a call, the tests let the op pick (cases.py).
 # A run with POLYLORA_PATH set in its environment tests that variant alone.
-PATHS: dict[str, list[str | None]] = {"cpu": [None], "cuda": [None, "general"]}
+PATHS: dict[str, list[str | None]] = {"cpu": [None], "cuda": [None, "wide", "mma", "general"]}
 
 
 def pytest_configure(config: pytest.Config) -> None:

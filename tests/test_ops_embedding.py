@@ -45,6 +45,18 @@ def test_any_embedding_rank(device, dtype, path, rank, token_major):
 
 
 @LAYOUT
+@pytest.mark.parametrize("ranks", [(8, 16, 64), (1, 17, 33), (100, 256)], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 40, 150])
+def test_aligned_pools_take_the_fast_path(device, dtype, path, rows, ranks, token_major):
+    for widths in ((8,), (72, 640), (2048,)):
+        run_embedding(
+            make_embedding_case(
+                device, dtype, rows=rows, widths=widths, ranks=ranks, token_major=token_major, aligned=True, seed=rows
+            )
+        )
+
+
+@LAYOUT
 def test_several_slices(device, dtype, path, token_major):
     run_embedding(make_embedding_case(device, dtype, widths=(40, 17, 99), rows=40, token_major=token_major))
 

@@ -128,25 +128,59 @@ def test_a_misaligned_table_or_plan_is_refused(device, name):
         ops.linear_(**args | {name: moved})
 
 
+def paths_of_this_device() -> list[str]:
+    major = torch.cuda.get_device_capability()[0]
+    return ["general"] + ["mma"] * (major >= 8) + ["wide"] * (major == 9) + ["cluster"] * (major >= 9)
+
+
 @pytest.mark.cuda_only
-@pytest.mark.parametrize("rows", [1, 8, 33, 256])
-def test_the_decode_path_is_reached(device, monkeypatch, rows):
+@pytest.mark.parametrize("rows", [1, 8, 33, 256, 700])
+@pytest.mark.parametrize("forced", ["cluster", "wide", "mma", "general"])
+def test_every_path_is_reached(device, monkeypatch, forced, rows):
     """Forced, a path refuses what it does not serve: that it runs shows that the call went through it."""
-    monkeypatch.setenv("POLYLORA_PATH", "cluster")
+    if forced not in paths_of_this_device() or (forced == "cluster" and rows > 256):
+        pytest.skip(f"{forced} does not serve {rows} rows on this device")
+    monkeypatch.setenv("POLYLORA_PATH", forced)
+    polylora_ops = torch.ops.polylora  # without the tests' way around a refusal
     for dtype in (torch.bfloat16, torch.float16):
         case = make_dense_case(device, dtype, rows=rows, aligned=True, k=256, widths=(256, 64, 64))
-        ops.linear_(**case.linear_args())
+        args = case.linear_args()
+        polylora_ops.linear_(**args)
         case.check()
+        v = torch.zeros((rows, args["v_width"]), device=device)
+        case.y.reset()
+        polylora_ops.shrink(v, *(args[name] for name in ("x", "a", "table", "plan")))
+        polylora_ops.expand_(args["y"], v, *(args[name] for name in ("b", "table", "plan", "widths", "cols")))
+        case.check()
+        lookup = make_embedding_case(device, dtype, rows=rows, widths=(256, 64), aligned=True)
+        polylora_ops.embedding_(**embedding_args(lookup))
+        lookup.check()
 
 
 @pytest.mark.cuda_only
 def test_a_forced_path_refuses_what_it_does_not_serve(device, monkeypatch):
-    monkeypatch.setenv("POLYLORA_PATH", "cluster")
-    for odd in ({"rows": 300}, {"k": 99, "aligned": False}, {"dtype": torch.float32}):
-        shape = {"rows": 8, "k": 256, "widths": (256, 64), "aligned": True, "dtype": torch.bfloat16} | odd
-        case = make_dense_case(device, shape.pop("dtype"), **shape)
-        with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
-            ops.linear_(**case.linear_args())
+    linear = torch.ops.polylora.linear_
+    refused = {
+        "cluster": ({"rows": 300}, {"k": 99, "aligned": False}, {"dtype": torch.float32}),
+        "wide": ({"k": 99, "aligned": False}, {"dtype": torch.float32}),
+        "mma": ({"k": 99, "aligned": False}, {"dtype": torch.float32}),
+    }
+    for path in set(refused) & set(paths_of_this_device()):
+        monkeypatch.setenv("POLYLORA_PATH", path)
+        for odd in refused[path]:
+            shape = {"rows": 8, "k": 256, "widths": (256, 64), "aligned": True, "dtype": torch.bfloat16} | odd
+            case = make_dense_case(device, shape.pop("dtype"), **shape)
+            with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
+                linear(**case.linear_args())
     monkeypatch.setenv("POLYLORA_PATH", "no such path")
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
-        ops.linear_(**make_dense_case(device, torch.bfloat16).linear_args())
+        linear(**make_dense_case(device, torch.bfloat16).linear_args())
+
+
+@pytest.mark.cuda_only
+def test_a_forced_decode_path_refuses_batch_invariance(device, monkeypatch, batch_invariant):
+    """Its order of sums depends on the rows of a batch."""
+    monkeypatch.setenv("POLYLORA_PATH", "cluster")
+    case = make_dense_case(device, torch.bfloat16, rows=8, k=256, widths=(256, 64), aligned=True)
+    with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
+        torch.ops.polylora.linear_(**case.linear_args())

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "common/launch.cuh"
 #include "linear/paths.h"
+#include "linear/wide.cuh"
 #include "polylora/cpu.h"
 #include "reference.h"
 
@@ -57,6 +58,8 @@ struct Shape {
   bool odd_b = false;       // offsets and pitches of B that are no multiples of 8
   bool shared_a = false;    // one A for all slices of a group
   bool stale_is_noise = false;
+  std::string lookup =
+      "";  // embedding: A is looked up; "rank": [ranks, vocabulary], "token": [tokens, ranks]. k tokens
 };
 
 class Problem {
@@ -71,6 +74,7 @@ class Problem {
     y_stride_ = n;
     x_stride_ = shape.k + 8;
     a_stride_ = shape.k + 16;
+    if (shape.lookup == "token") a_stride_ = *std::max_element(shape.ranks.begin(), shape.ranks.end()) + 3;
     int at_rank = 0;
     for (int g = 0; g < shape.groups; ++g) {
       int64_t v_col = 0;
@@ -94,7 +98,7 @@ class Problem {
           } else {
             entry.a_row = static_cast<int32_t>(a_rows);
             entry.v_col = static_cast<int32_t>(v_col);
-            a_rows += rank + 1;
+            a_rows += (shape.lookup == "token" ? shape.k : rank) + 1;
             v_col += rank;
             first = entry;
           }
@@ -115,7 +119,8 @@ class Problem {
         const SliceEntry& entry = entry_of(g, s);
         for (int64_t j = 0; j < entry.rank; ++j) {
           for (int64_t i = 0; i < shape.k; ++i) {
-            a_->set((entry.a_row + j) * a_stride_ + i, normal() / std::sqrt(static_cast<double>(shape.k)));
+            const double spread = shape.lookup.empty() ? std::sqrt(static_cast<double>(shape.k)) : 1.0;
+            a_->set(a_at(entry, j, i), normal() / spread);
           }
           for (int64_t i = 0; i < shape.widths[static_cast<size_t>(s)]; ++i) {
             b_->set(entry.b_offset + i * entry.b_stride + j, normal() / std::sqrt(static_cast<double>(entry.rank)));
@@ -124,6 +129,12 @@ class Problem {
       }
     }
     for (int64_t r = 0; r < shape.rows; ++r) ids_.push_back(make_id(r));
+    tokens_.reset(new GuardedBytes(shape.rows * 8));
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const int64_t token =
+          random_.chance(0.2) ? (random_.chance(0.5) ? -1 : shape.k) : random_.between(0, shape.k - 1);
+      std::memcpy(tokens_->data() + r * 8, &token, 8);
+    }
     for (int64_t r = 0; r < shape.rows; ++r) {
       for (int64_t i = 0; i < y_stride_; ++i) y_->set(r * y_stride_ + i, normal());
       if (ids_[static_cast<size_t>(r)] < 0 || ids_[static_cast<size_t>(r)] >= shape.groups) continue;  // x stays NaN
@@ -173,6 +184,20 @@ class Problem {
     return p;
   }
 
+  EmbeddingParams embedding_params() {
+    EmbeddingParams e{};
+    e.lora = params();
+    e.lora.x = nullptr;
+    e.lora.v_width = INT32_MAX;
+    e.token_ids = tokens_->data();
+    e.ids_are_int64 = true;
+    e.vocab = shape_.k;
+    e.token_major = shape_.lookup == "token";
+    return e;
+  }
+
+  const Shape& shape() const { return shape_; }
+
   /// All inputs as another step left them, until the kernel waits for it.
   void spoil(uint64_t seed, bool stale) {
     emulator::options().seed = seed;
@@ -213,7 +238,8 @@ class Problem {
           const int64_t n = column - cols_[static_cast<size_t>(s)];
           if (n < 0 || n >= shape_.widths[static_cast<size_t>(s)] || group < 0 || group >= shape_.groups) continue;
           const SliceEntry& entry = entry_of(static_cast<int>(group), s);
-          written = entry.rank > 0;
+          written = entry.rank > 0 && (shape_.lookup.empty() || (token_of(r) >= 0 && token_of(r) < shape_.k));
+          if (!written) continue;
           for (int64_t j = 0; j < entry.rank; ++j) {
             const double term = entry.scale * v_of(r, entry, j) * b_->get(entry.b_offset + n * entry.b_stride + j);
             want += term;
@@ -239,7 +265,18 @@ class Problem {
     return table_[static_cast<size_t>(group * slices_ + slice)];
   }
 
+  int64_t a_at(const SliceEntry& entry, int64_t j, int64_t i) const {
+    return shape_.lookup == "token" ? (entry.a_row + i) * a_stride_ + j : (entry.a_row + j) * a_stride_ + i;
+  }
+
+  int64_t token_of(int64_t row) const {
+    int64_t token;
+    std::memcpy(&token, tokens_->data() + row * 8, 8);
+    return token;
+  }
+
   double v_of(int64_t row, const SliceEntry& entry, int64_t j) {
+    if (!shape_.lookup.empty()) return a_->get(a_at(entry, j, token_of(row)));
     const int64_t key = (row * a_rows_ + entry.a_row + j);
     if (exact_v_.empty()) exact_v_.assign(static_cast<size_t>(shape_.rows * a_rows_), std::nan(""));
     double& sum = exact_v_[static_cast<size_t>(key)];
@@ -280,38 +317,93 @@ class Problem {
   std::vector<SliceEntry> table_;
   std::vector<int32_t> ids_;
   std::unique_ptr<Array> a_, b_, x_, y_;
-  std::unique_ptr<GuardedBytes> plan_, stale_plan_, table_bytes_;
+  std::unique_ptr<GuardedBytes> plan_, stale_plan_, table_bytes_, tokens_;
   std::vector<unsigned char> y_before_, x_truth_, plan_truth_;
   std::vector<double> exact_v_;
 };
 
-using Path = cudaError_t (*)(const LoraParams&);
+using Path = cudaError_t (*)(Problem&);
 
-cudaError_t cluster(const LoraParams& p) {
+cudaError_t cluster(Problem& problem) {
+  const LoraParams p = problem.params();
   return cuda::cluster_path_serves(p) ? cuda::linear_cluster_path(p, nullptr) : cudaErrorNotSupported;
 }
 
-cudaError_t wide_path(LoraParams p, bool portable) {
+cudaError_t wide(Problem& problem) {
+  LoraParams p = problem.params();
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int64_t bytes = 0;
-  cuda::wide_scratch(p, true, bytes);
+  cuda::wide_scratch(p, bytes);
   const GuardedBytes scratch(bytes);
   p.scratch = scratch.data();
-  const cudaError_t error = cuda::shrink_wide_path(p, portable, true, nullptr);
-  emulator::options().previous_grid = nullptr;  // expand may count on shrink's having waited
-  return error == cudaSuccess ? cuda::expand_wide_path(p, true, nullptr) : error;
+  return cuda::linear_wide_path(p, nullptr);
 }
 
-cudaError_t wide(const LoraParams& p) { return wide_path(p, false); }
-cudaError_t mma(const LoraParams& p) { return wide_path(p, true); }
+cudaError_t mma(Problem& problem) {
+  LoraParams p = problem.params();
+  if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
+  int parts = 0;
+  cuda::mma_parts(p, parts);
+  const GuardedBytes scratch(cuda::plane_bytes(p, parts));
+  p.scratch = scratch.data();
+  const cudaError_t error = cuda::shrink_mma_path(p, parts, nullptr);
+  emulator::options().previous_grid = nullptr;  // expand may count on shrink's having waited
+  return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
+}
+
+// The public halves, v in between. `shrink`: into p.v.
+template <typename Shrink>
+cudaError_t halves(LoraParams p, Shrink&& shrink) {
+  const int64_t v_stride = p.v_width + 1;  // rows of v begin at odd addresses
+  const GuardedBytes v(p.rows * v_stride * 4);
+  for (int64_t i = 0; i < p.rows * v_stride; ++i) reinterpret_cast<float*>(v.data())[i] = std::nanf("");
+  p.v = reinterpret_cast<float*>(v.data());
+  p.v_stride = v_stride;
+  LoraParams first = p;
+  first.y = nullptr;
+  for (int s = 0; s < first.slices.count; ++s) {
+    first.slices.b[s] = nullptr;
+    first.slices.b_elements[s] = -1;
+    first.slices.width[s] = 0;
+  }
+  cudaError_t error = shrink(first);
+  emulator::options().previous_grid = nullptr;
+  LoraParams second = p;
+  second.x = nullptr;
+  for (int s = 0; s < second.slices.count; ++s) second.slices.a_rows[s] = -1;
+  return error == cudaSuccess ? cuda::expand_wide_path(second, 0, nullptr) : error;
+}
+
+cudaError_t wide_halves(Problem& problem) {
+  return halves(problem.params(), [](LoraParams p) {
+    int64_t bytes = 0;
+    cuda::wide_scratch(p, bytes);
+    const GuardedBytes scratch(bytes);
+    p.scratch = scratch.data();
+    return cuda::linear_wide_path(p, nullptr);
+  });
+}
+
+cudaError_t mma_halves(Problem& problem) {
+  return halves(problem.params(), [](LoraParams p) {
+    int parts = 0;
+    cuda::mma_parts(p, parts);
+    const GuardedBytes scratch(cuda::plane_bytes(p, parts));
+    p.scratch = scratch.data();
+    const cudaError_t error = cuda::shrink_mma_path(p, parts > 1 ? parts : 0, nullptr);
+    emulator::options().previous_grid = nullptr;
+    return error == cudaSuccess && parts > 1 ? cuda::add_planes_path(p, parts, nullptr) : error;
+  });
+}
+
+cudaError_t lookup(Problem& problem) { return cuda::embedding_wide_path(problem.embedding_params(), nullptr); }
 
 void run(const std::string& what, Path path, const Shape& shape, int runs = 2) {
   Problem problem(shape, std::hash<std::string>()(what));
-  const LoraParams p = problem.params();
   std::vector<unsigned char> first;
   for (int i = 0; i < runs; ++i) {
     problem.spoil(static_cast<uint64_t>(i + 1), i % 2 == 1);
-    CHECK(path(p) == cudaSuccess, "%s", what.c_str());
+    CHECK(path(problem) == cudaSuccess, "%s", what.c_str());
     const auto bits = problem.check(what + (i % 2 == 1 ? ", stale before" : ""));
     if (i == 0) first = bits;
     CHECK(bits == first, "%s: other bits in run %d", what.c_str(), i);
@@ -365,20 +457,35 @@ void any_shape(const std::string& name, Path path, int64_t k_unit) {
 }
 
 void prefill() {
-  run("wide rows 300", wide, {DType::kBFloat16, 300, 320, {128, 64}, 3, {16, 40}, "segments"});
-  run("wide rows 257 of one", wide, {DType::kFloat16, 257, 128, {200}, 1, {24}, "one"});
-  run("wide rows 200 mixed", wide, {DType::kBFloat16, 200, 64, {72, 64}, 4, {8, 64, 130}, "mixed"});
-  run("wide, a rank above an even share", wide, {DType::kBFloat16, 40, 64, {64, 128}, 1, {200, 8}, "one"});
-  run("wide, more ranks than a pass takes", wide, {DType::kBFloat16, 20, 640, {64, 64, 8}, 1, {256, 100, 200}, "one"});
-  run("mma, K in planes", mma, {DType::kBFloat16, 150, 1024, {128, 64}, 3, {16, 40}, "segments"});
-  run("mma, K in planes, few rows", mma, {DType::kBFloat16, 5, 2048, {64}, 2, {33}, "mixed"});
-  for (int major : {8, 10}) {
-    cuda::emulated_device.major = major;
-    const std::string what = "wide on " + std::to_string(major) + ".0";
-    run(what, wide, {DType::kBFloat16, 150, 1024, {128, 64}, 3, {16, 40}, "segments"});
-    run(what + ", few rows", wide, {DType::kBFloat16, 5, 2048, {64}, 2, {33}, "mixed"});
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"wide", wide},
+                                   {"mma", mma},
+                                   {"wide halves", wide_halves},
+                                   {"mma halves", mma_halves}}) {
+    run(name + " rows 300", path, {DType::kBFloat16, 300, 320, {128, 64}, 3, {16, 40}, "segments"});
+    run(name + " rows 257 of one", path, {DType::kFloat16, 257, 128, {200}, 1, {24}, "one"});
+    run(name + " rows 200 mixed", path, {DType::kBFloat16, 200, 64, {72, 64}, 4, {8, 64, 130}, "mixed"});
+    run(name + ", a rank above an even share", path, {DType::kBFloat16, 40, 64, {64, 128}, 1, {200, 8}, "one"});
+    run(name + ", more ranks than a pass takes", path,
+        {DType::kBFloat16, 20, 640, {64, 64, 8}, 1, {256, 100, 200}, "one"});
+    run(name + ", small ranks of many slices", path,
+        {DType::kBFloat16, 20, 128, {64, 64, 8, 8, 8, 8, 8, 8}, 1, {8}, "one"});
+    run(name + ", K in parts", path, {DType::kBFloat16, 150, 1024, {128, 64}, 3, {16, 40}, "segments"});
+    run(name + ", K in parts, few rows", path, {DType::kBFloat16, 5, 2048, {64}, 2, {33}, "mixed"});
+    Shape shape{DType::kBFloat16, 150, 128, {64, 200, 64}, 2, {12, 24}, "segments"};
+    shape.shared_a = true;
+    run(name + ", one A for all slices", path, shape);
   }
-  cuda::emulated_device.major = 9;
+  for (const char* layout : {"rank", "token"}) {
+    for (int64_t rows : {1, 5, 40, 150}) {
+      Shape shape{DType::kBFloat16, rows, 37, {136}, 4, {16, 8, 0, 33}};
+      shape.lookup = layout;
+      run(std::string("lookup by ") + layout + ", rows " + std::to_string(rows), lookup, shape, 4);
+      shape.dtype = DType::kFloat16;
+      shape.odd_b = true;
+      shape.widths = {64, 40};
+      run(std::string("lookup of odd B by ") + layout + ", rows " + std::to_string(rows), lookup, shape);
+    }
+  }
 }
 
 }  // namespace
@@ -389,6 +496,7 @@ int main() {
   testing::any_shape("cluster", testing::cluster, 32);
   testing::any_shape("wide", testing::wide, 8);
   testing::any_shape("mma", testing::mma, 8);
+  testing::any_shape("wide halves", testing::wide_halves, 8);
   testing::prefill();
   return testing::report();
 }

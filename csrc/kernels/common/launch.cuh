@@ -8,6 +8,9 @@
 
 namespace polylora::cuda {
 
+inline constexpr int kMaxDevices = 64;
+inline constexpr int kMaxCluster = 16;
+
 /// What the launchers ask of the current device.
 struct Device {
   int index;
@@ -16,7 +19,6 @@ struct Device {
 };
 
 inline cudaError_t current_device(Device& device) {
-  constexpr int kMaxDevices = 64;
   static std::atomic<uint32_t> known[kMaxDevices];  // major << 16 | sms; 0: not asked yet
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
@@ -43,10 +45,10 @@ struct LaunchShape {
   bool overlap = false;  // may start before the kernel before has ended, and waits for it inside; 9.0 and later
 };
 
-/// Launches kKernel on `device`. kMaxSmem: the most shared memory any call of this kernel asks for.
-template <auto kKernel, int kMaxSmem, typename Params>
-cudaError_t launch(const Device& device, const LaunchShape& shape, const Params& params, cudaStream_t stream) {
-  // attributes are set once for each kernel and device; a race sets the same ones twice
+/// What kKernel needs before its first launch on `device`. kMaxSmem: the most shared memory any call of it asks for.
+template <auto kKernel, int kMaxSmem>
+cudaError_t prepare(const Device& device) {
+  // once for each kernel and device; a race sets the same attributes twice
   static std::atomic<uint64_t> prepared{0};
   const uint64_t mine = uint64_t{1} << device.index;
   if ((prepared.load(std::memory_order_relaxed) & mine) == 0) {
@@ -59,6 +61,14 @@ cudaError_t launch(const Device& device, const LaunchShape& shape, const Params&
     if (error != cudaSuccess) return error;
     prepared.fetch_or(mine, std::memory_order_relaxed);
   }
+  return cudaSuccess;
+}
+
+/// Launches kKernel on `device`.
+template <auto kKernel, int kMaxSmem, typename Params>
+cudaError_t launch(const Device& device, const LaunchShape& shape, const Params& params, cudaStream_t stream) {
+  const cudaError_t error = prepare<kKernel, kMaxSmem>(device);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
@@ -75,6 +85,30 @@ cudaError_t launch(const Device& device, const LaunchShape& shape, const Params&
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   return cudaLaunchKernelEx(&config, kKernel, params);
+}
+
+/// How many clusters of `blocks` blocks `device` runs at once, of a kernel that takes kSmem bytes of shared memory.
+template <auto kKernel, int kSmem>
+cudaError_t resident_clusters(const Device& device, int threads, int blocks, int& clusters) {
+  static std::atomic<uint8_t> known[kMaxDevices][kMaxCluster + 1];  // plus 1; 0: not asked yet
+  std::atomic<uint8_t>& mine = known[device.index][blocks];
+  clusters = mine.load(std::memory_order_relaxed) - 1;
+  if (clusters >= 0) return cudaSuccess;
+  cudaError_t error = prepare<kKernel, kSmem>(device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = kSmem;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
+  if (error == cudaSuccess)
+    mine.store(static_cast<uint8_t>(clusters < 254 ? clusters + 1 : 255), std::memory_order_relaxed);
+  return error;
 }
 
 }  // namespace polylora::cuda

@@ -34,48 +34,6 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// movmatrix.sync.aligned.m8n8.trans.b16: transposes an 8x8 matrix of 16-bit elements held by the warp
-__device__ __forceinline__ uint32_t transpose_m8n8(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
-/// ld.global.nc.L1::no_allocate.v4 under a predicate, else zeros: weights, read once. No branch, so the loads of a loop
-/// body are all on their way before the first is waited for.
-__device__ __forceinline__ uint4 load_weights16_if(bool condition, const void* p) {
-  uint4 v;
-  asm("{\n"
-      ".reg .pred p;\n"
-      "setp.ne.u32 p, %5, 0;\n"
-      "mov.u32 %0, 0;\n"
-      "mov.u32 %1, 0;\n"
-      "mov.u32 %2, 0;\n"
-      "mov.u32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-      "}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(p), "r"(static_cast<uint32_t>(condition)));
-  return v;
-}
-
-/// ld.global.v4 under a predicate, else zeros
-__device__ __forceinline__ uint4 load16_if(bool condition, const void* p) {
-  uint4 v;
-  asm("{\n"
-      ".reg .pred p;\n"
-      "setp.ne.u32 p, %5, 0;\n"
-      "mov.u32 %0, 0;\n"
-      "mov.u32 %1, 0;\n"
-      "mov.u32 %2, 0;\n"
-      "mov.u32 %3, 0;\n"
-      "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-      "}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(p), "r"(static_cast<uint32_t>(condition)));
-  return v;
-}
-
 /// ld.global.nc.L1::no_allocate.v2 under a predicate, else zeros
 __device__ __forceinline__ uint2 load_weights8_if(bool condition, const void* p) {
   uint2 v;
@@ -109,22 +67,12 @@ __device__ __forceinline__ int load_fresh4(const void* p) {
   return v;
 }
 
-/// prefetch.global.L2: one line of 128 bytes
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 /// ld.global.nc.L1::no_allocate.v4: weights, read once
 __device__ __forceinline__ uint4 load_weights16(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
-  return v;
-}
-
-/// ld.global.nc.L1::no_allocate.v2
-__device__ __forceinline__ uint2 load_weights8(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
@@ -165,9 +113,9 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-/// The block's dynamic shared memory.
+/// The block's dynamic shared memory, aligned as the swizzle of wgmma's operands wants it.
 __device__ __forceinline__ unsigned char* dynamic_smem() {
-  extern __shared__ __align__(128) unsigned char smem[];
+  extern __shared__ __align__(1024) unsigned char smem[];
   return smem;
 }
 
@@ -236,35 +184,6 @@ __device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) 
                : "memory");
 }
 
-/// mbarrier.try_wait.parity.shared::cta, until it succeeds
-__device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
-      "r"(parity)
-      : "memory");
-}
-
-/// cp.async.bulk.shared::cluster.global: addresses and size in multiples of 16 bytes
-__device__ __forceinline__ void copy_bulk(void* smem, const void* gmem, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(smem))),
-               "l"(gmem), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
-               : "memory");
-}
-
-/// st.shared::cluster.v4.f32
-__device__ __forceinline__ void store_to_rank(uint32_t address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
-}
-
 /// cp.async.bulk.prefetch.L2.global: address and size in multiples of 16 bytes
 __device__ __forceinline__ void prefetch_bulk(const void* gmem, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(gmem), "r"(bytes) : "memory");
@@ -301,14 +220,6 @@ __device__ __forceinline__ void store_async(uint32_t address, uint2 v, uint32_t 
 
 /// fence.proxy.async.shared::cta: what this thread wrote to shared memory, the tensor cores and the copy engine see
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-/// cp.async.bulk.shared::cluster.shared::cta: into another block's shared memory, counted by its mbarrier; addresses
-/// and size in multiples of 16 bytes
-__device__ __forceinline__ void copy_to_rank(uint32_t to, const void* smem, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "r"(static_cast<uint32_t>(__cvta_generic_to_shared(smem))), "r"(bytes), "r"(barrier)
-               : "memory");
-}
 #endif
 
 #if defined(POLYLORA_HAS_WGMMA)
@@ -331,72 +242,38 @@ __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
   return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-/// wgmma.mma_async.m64n16k16.f32: d = x * weights^T, or d += it. Rank tile i of 16: d[i][0..7]; lane 4g + t of warp w
-/// has rows 16w + g and 16w + g + 8: elements 8i + 2t, 8i + 2t + 1 of both, then the same of the second 8 columns.
-__device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate,
-                                                __nv_bfloat16) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7 "
-      "}, %8, %9, p, 1, 1, 0, 0;\n"
-      "}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
-        "+f"(d[0][7])
-      : "l"(x), "l"(weights), "r"(accumulate));
-}
-__device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate, __half) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7 "
-      "}, %8, %9, p, 1, 1, 0, 0;\n"
-      "}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
-        "+f"(d[0][7])
-      : "l"(x), "l"(weights), "r"(accumulate));
-}
-
-/// wgmma.mma_async.m64n64k16.f32, as above for four rank tiles
-__device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate,
-                                                __nv_bfloat16) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, %32, %33, p, 1, 1, 0, 0;\n"
-      "}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
-        "+f"(d[0][7]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[1][4]), "+f"(d[1][5]),
-        "+f"(d[1][6]), "+f"(d[1][7]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[2][4]),
-        "+f"(d[2][5]), "+f"(d[2][6]), "+f"(d[2][7]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-        "+f"(d[3][4]), "+f"(d[3][5]), "+f"(d[3][6]), "+f"(d[3][7])
-      : "l"(x), "l"(weights), "r"(accumulate));
-}
-__device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate, __half) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, %32, %33, p, 1, 1, 0, 0;\n"
-      "}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]),
-        "+f"(d[0][7]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[1][4]), "+f"(d[1][5]),
-        "+f"(d[1][6]), "+f"(d[1][7]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[2][4]),
-        "+f"(d[2][5]), "+f"(d[2][6]), "+f"(d[2][7]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-        "+f"(d[3][4]), "+f"(d[3][5]), "+f"(d[3][6]), "+f"(d[3][7])
-      : "l"(x), "l"(weights), "r"(accumulate));
-}
+// wgmma.mma_async.m64n{16 kTiles}k16.f32: d += x * weights^T. Rank tile i of 16: d[i][0..7]; lane 4g + t of warp w has
+// of rows 16w + g and 16w + g + 8 columns 16i + 2t, 16i + 2t + 1 of both, then the same of the second 8 columns.
+#define POLYLORA_TILE(i) \
+  "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i][4]), "+f"(d[i][5]), "+f"(d[i][6]), "+f"(d[i][7])
+#define POLYLORA_WGMMA(n, type, registers, x_and_weights, ...)                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" registers "}, " x_and_weights \
+               ", 1, 1, 1, 0, 0;"                                                                                   \
+               : __VA_ARGS__                                                                                        \
+               : "l"(x), "l"(weights))
+#define POLYLORA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define POLYLORA_REGISTERS_16 POLYLORA_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define POLYLORA_REGISTERS_32 \
+  POLYLORA_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define POLYLORA_WGMMAS(T, type)                                                                                      \
+  __device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
+    POLYLORA_WGMMA(16, type, POLYLORA_REGISTERS_8, "%8, %9", POLYLORA_TILE(0));                                       \
+  }                                                                                                                   \
+  __device__ __forceinline__ void wgmma_m64n32k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
+    POLYLORA_WGMMA(32, type, POLYLORA_REGISTERS_16, "%16, %17", POLYLORA_TILE(0), POLYLORA_TILE(1));                  \
+  }                                                                                                                   \
+  __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
+    POLYLORA_WGMMA(64, type, POLYLORA_REGISTERS_32, "%32, %33", POLYLORA_TILE(0), POLYLORA_TILE(1), POLYLORA_TILE(2), \
+                   POLYLORA_TILE(3));                                                                                 \
+  }
+POLYLORA_WGMMAS(__nv_bfloat16, bf16)
+POLYLORA_WGMMAS(__half, f16)
+#undef POLYLORA_WGMMAS
+#undef POLYLORA_REGISTERS_32
+#undef POLYLORA_REGISTERS_16
+#undef POLYLORA_REGISTERS_8
+#undef POLYLORA_WGMMA
+#undef POLYLORA_TILE
 #endif
 
 }  // namespace polylora::cuda::ptx

@@ -3,7 +3,7 @@
 // A block takes one row and 256 outputs. It gathers the row's rank values of A (a column where A is [rank, vocab],
 // a row where it is [vocab, rank]) into shared memory, scaled; a thread takes one output.
 #include "common/row_product.cuh"
-#include "polylora/cuda.h"
+#include "linear/paths.h"
 
 namespace polylora::cuda {
 namespace {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) embedding_general(const __grid_const
 
 }  // namespace
 
-cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
+cudaError_t embedding_general_path(const EmbeddingParams& params, cudaStream_t stream) {
   int32_t widest = 0;
   for (int s = 0; s < params.lora.slices.count; ++s) widest = max(widest, params.lora.slices.width[s]);
   if (params.lora.rows == 0 || widest == 0) return cudaSuccess;

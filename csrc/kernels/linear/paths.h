@@ -1,4 +1,4 @@
-// The paths of linear, shrink and expand, chosen per call in linear.cu.
+// The paths of linear, shrink, expand and embedding, chosen per call in linear.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,15 +11,22 @@ namespace polylora::cuda {
 bool cluster_path_serves(const LoraParams& params);
 cudaError_t linear_cluster_path(const LoraParams& params, cudaStream_t stream);
 
-/// Prefill: wide tiles, tensor cores (8.0 and later, with a kernel of its own for 9.0).
+/// What prefill's kernels serve.
 bool wide_shrink_serves(const LoraParams& params);
 bool wide_expand_serves(const LoraParams& params);
-/// `packed`: v is for expand_wide_path alone, at the beginning of params.scratch, in the form that suits it; else it is
-/// params.v. `portable`: what any device from 8.0 on can do, and no more.
-cudaError_t wide_scratch(const LoraParams& params, bool packed, int64_t& bytes);
-cudaError_t shrink_wide_path(const LoraParams& params, bool portable, bool packed, cudaStream_t stream);
-/// `packed`: shrink_wide_path left v so, in the same call.
-cudaError_t expand_wide_path(const LoraParams& params, bool packed, cudaStream_t stream);
+bool wide_embedding_serves(const EmbeddingParams& params);
+
+/// linear for prefill in one launch (9.0); without y: shrink. `bytes`: of scratch.
+cudaError_t wide_scratch(const LoraParams& params, int64_t& bytes);
+cudaError_t linear_wide_path(const LoraParams& params, cudaStream_t stream);
+
+/// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v.
+cudaError_t mma_parts(const LoraParams& params, int& parts);
+cudaError_t shrink_mma_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t add_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
+/// With planes: after shrink_mma_path in the same call.
+cudaError_t expand_wide_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t embedding_wide_path(const EmbeddingParams& params, cudaStream_t stream);
 
 /// POLYLORA_BATCH_INVARIANT: sums in an order that no other row and no number of rows changes.
 bool batch_invariant();
@@ -27,5 +34,6 @@ bool batch_invariant();
 /// Everything.
 cudaError_t shrink_general_path(const LoraParams& params, cudaStream_t stream);
 cudaError_t expand_general_path(const LoraParams& params, cudaStream_t stream);
+cudaError_t embedding_general_path(const EmbeddingParams& params, cudaStream_t stream);
 
 }  // namespace polylora::cuda

@@ -7,33 +7,33 @@
 //
 // More ranks than the registers hold: further passes over x. Hopper has a kernel of its own: shrink_wgmma.cu.
 #include "linear/paths.h"
-#include "linear/shrink_wide.cuh"
+#include "linear/wide.cuh"
 
 namespace polylora::cuda {
 namespace {
 
+constexpr int kThreads = 256;
 constexpr int kStages = 3;
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kWideThreads, kTiles > 8 ? 1 : 2)
-    shrink_wide(const __grid_constant__ LinearTask task) {
+__global__ void __launch_bounds__(kThreads, kTiles > 8 ? 1 : 2) shrink_wide(const __grid_constant__ LinearTask task) {
   unsigned char* smem = ptx::dynamic_smem();
-  WideItem& item = *reinterpret_cast<WideItem*>(smem + wide_ring_bytes(kTiles, kStages));
-  using Copies = WideCopies<T, kTiles>;
+  WideItem& item = *reinterpret_cast<WideItem*>(smem + kStages * shrink_stage_bytes(kTiles));
+  using Copies = WideCopies<T, kThreads, kTiles>;
 
   ptx::wait_for_previous_grid();
   ptx::launch_next_grid();  // after the wait: what the kernel before wrote may be read by the next without one
-  WideJob job;
-  const int index = blockIdx.x / task.planes;
-  job.read(task, item, index);
+  const int parts = max(task.planes, 1);
+  const int index = blockIdx.x / parts;
+  WideJob::read(task, item, index);
   if (index >= item.tiles) return;
 
-  const int part = blockIdx.x % task.planes;
+  const int part = blockIdx.x % parts;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
   const int t = lane % 4;
-  const Part chunks = chunks_of(task, part);
+  const Part chunks = chunks_of(task, part, parts);
   const int first_row = warp % 4 * 32;
   const int first_tile = warp / 4;
 
@@ -82,97 +82,81 @@ __global__ void __launch_bounds__(kWideThreads, kTiles > 8 ? 1 : 2)
 
     // ranks 8n + 2t, 8n + 2t + 1 of rows g, g + 8 of every 16
 #pragma unroll
-    for (int i = 0; i < kTiles / 2; ++i) {
-      const int rank_tile = base + 2 * i + first_tile;
-      if (rank_tile >= item.rank_tiles) break;
+    for (int m = 0; m < 2; ++m) {
+      const SumStore store(task, item, part, first_row + 16 * m + g, 2 * t);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int n = j / 4, m = j / 2 % 2, half = j % 2;
-        const int row = first_row + 16 * m + 8 * half + g;
-        const float2 pair{acc[i][n][m][2 * half], acc[i][n][m][2 * half + 1]};
-        if (row < item.rows) store_v<T>(task, item, part, rank_tile, row, 8 * n + 2 * t, pair);
+      for (int i = 0; i < kTiles / 2; ++i) {
+        const int rank_tile = base + 2 * i + first_tile;
+        if (rank_tile >= item.rank_tiles) break;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float (&pair)[4] = acc[i][j / 2][m];
+          store.put(rank_tile, j % 2, j / 2, {pair[2 * (j % 2)], pair[2 * (j % 2) + 1]});
+        }
       }
     }
     __syncthreads();  // before the next pass fills the ring
   }
 }
 
+struct WideShrink {
+  Device device;
+  LinearTask task;
+  LaunchShape shape;  // but for shared memory
+};
+
 template <typename T, int kTiles>
 cudaError_t launch_shrink(const WideShrink& how, cudaStream_t stream) {
-  constexpr int kSmem = wide_ring_bytes(kTiles, kStages) + static_cast<int>(sizeof(WideItem));
+  constexpr int kSmem = kStages * shrink_stage_bytes(kTiles) + static_cast<int>(sizeof(WideItem));
   LaunchShape shape = how.shape;
   shape.smem_bytes = kSmem;
   return launch<&shrink_wide<T, kTiles>, kSmem>(how.device, shape, how.task, stream);
 }
 
 template <typename T>
-cudaError_t launch_shrink(const WideShrink& how, cudaStream_t stream) {
-  if (how.rank_tiles <= 2) return launch_shrink<T, 2>(how, stream);
-  if (how.rank_tiles <= 4) return launch_shrink<T, 4>(how, stream);
-  if (how.rank_tiles <= 8) return launch_shrink<T, 8>(how, stream);
+cudaError_t launch_shrink(const WideShrink& how, int rank_tiles, cudaStream_t stream) {
+  if (rank_tiles <= 2) return launch_shrink<T, 2>(how, stream);
+  if (rank_tiles <= 4) return launch_shrink<T, 4>(how, stream);
+  if (rank_tiles <= 8) return launch_shrink<T, 8>(how, stream);
   return launch_shrink<T, 16>(how, stream);
 }
 
-constexpr int kMaxPlanes = 16;
+constexpr int kMaxParts = 16;
 
 // K is shared by as many blocks as the device has room for, each with a few chunks at least and a plane of v.
 int parts_of_k(const LoraParams& p, const Device& device) {
   const int64_t tiles = batch_invariant() ? 16 : divide_up(p.rows, kWideTileRows);
   const int64_t parts = min64(device.sms / tiles, divide_up(p.k, kChunkK) / 4);
-  return static_cast<int>(parts < 1 ? 1 : min64(parts, kMaxPlanes));
+  return static_cast<int>(parts < 1 ? 1 : min64(parts, kMaxParts));
 }
 
 }  // namespace
 
 bool wide_shrink_serves(const LoraParams& p) { return fast_shrink_serves(p) && p.slices.groups > 0; }
 
-cudaError_t wide_scratch(const LoraParams& p, bool packed, int64_t& bytes) {
+cudaError_t mma_parts(const LoraParams& p, int& parts) {
   Device device;
   const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
-  const int parts = parts_of_k(p, device);
-  const int64_t elements = p.rows * packed_v_width(p.v_width, p.slices.count);
-  bytes = (packed ? divide_up(2 * elements, 16) * 16 : 0) + (parts > 1 ? parts * elements * 4 : 0);
-  return cudaSuccess;
+  parts = error == cudaSuccess ? parts_of_k(p, device) : 0;
+  return error;
 }
 
-cudaError_t shrink_wide_path(const LoraParams& p, bool portable, bool packed, cudaStream_t stream) {
+cudaError_t shrink_mma_path(const LoraParams& p, int planes, cudaStream_t stream) {
   if (p.plan.max_wide_tiles == 0) return cudaSuccess;
   WideShrink how;
-  cudaError_t error = current_device(how.device);
+  const cudaError_t error = current_device(how.device);
   if (error != cudaSuccess) return error;
   LinearTask& task = how.task;
   task = linear_task(p);
   task.tile = p.plan.wide_tile;
   task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
-  LinearTask sum = task;  // what the planes are added to
-  if (packed) {
-    sum.v_form = VForm::kPacked;
-    sum.v = p.scratch;
-    sum.v_stride = static_cast<int32_t>(packed_v_width(p.v_width, p.slices.count));
-  }
-  task = sum;
-  task.planes = parts_of_k(p, how.device);
-  if (task.planes > 1) {
-    task.v_form = VForm::kPlanes;
-    task.v_stride = static_cast<int32_t>(packed_v_width(p.v_width, p.slices.count));
-    task.v_plane = p.rows * task.v_stride;
-    task.v = static_cast<char*>(p.scratch) + (packed ? divide_up(2 * task.v_plane, 16) * 16 : 0);
-  }
-  how.shape.grid = dim3(static_cast<unsigned>(task.max_tiles * task.planes));
-  how.shape.threads = kWideThreads;
+  if (planes > 0) set_planes(task, p, planes);
+  how.shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (planes > 0 ? planes : 1)));
+  how.shape.threads = kThreads;
   how.shape.overlap = true;
-  // ranks of the slices are unknown here: an even share of v each. More of them take another pass.
-  how.rank_tiles = p.slices.count * static_cast<int>(divide_up(min64(p.v_width, int64_t{kMaxRank} * p.slices.count),
-                                                               int64_t{kRankTile} * p.slices.count));
-  if (how.device.major == 9 && !portable) {
-    error = shrink_wgmma(how, p.dtype, stream);
-  } else {
-    error =
-        p.dtype == DType::kBFloat16 ? launch_shrink<__nv_bfloat16>(how, stream) : launch_shrink<__half>(how, stream);
-  }
-  if (error != cudaSuccess || task.planes == 1) return error;
-  return add_planes(task, sum, p.dtype, how.device, stream);
+  const int tiles = expected_rank_tiles(p);
+  return p.dtype == DType::kBFloat16 ? launch_shrink<__nv_bfloat16>(how, tiles, stream)
+                                     : launch_shrink<__half>(how, tiles, stream);
 }
 
 }  // namespace polylora::cuda

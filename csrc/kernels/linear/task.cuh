@@ -10,16 +10,6 @@ namespace polylora::cuda {
 inline constexpr int kUnitN = 64;     // outputs of a unit: what a warp multiplies with B at a time
 inline constexpr int kRankTile = 16;  // ranks of two mma
 
-/// How v lies in memory between two kernels for prefill.
-///
-/// kRows: fp32 [rows, v_width], row pitch v_stride: what the public ops have between them.
-/// kPacked: the 16-bit operands of expand, rounded once; a row for each position of the plan's order. A slice's ranks
-/// stand
-///   from its packed column on in blocks of 32, zeros behind the last: rank r = 8t + 2m + e of a block in place 8m + 2t
-///   + e, so that ldmatrix hands a thread the ranks that it reads of B with one 16-byte load.
-/// kPlanes: fp32 sums over parts of K, a plane for each part; rows and columns as packed, but ranks in order.
-enum class VForm : int32_t { kRows, kPacked, kPlanes };
-
 // The call, as small as it can be: a block's first reads of its parameters miss every cache.
 struct LinearSlice {
   const void* a;
@@ -36,12 +26,14 @@ struct LinearTask {
   const SliceEntry* table;
   const void* x;
   void* y;
-  void* v;          // in one of the forms of VForm
-  int64_t v_plane;  // kPlanes: elements of a plane
-  int32_t planes;   // kPlanes
-  int32_t x_stride, y_stride;
-  int32_t v_stride;  // kRows; elements of a row in the other forms
-  VForm v_form;
+  float* v;  // [rows, v_width], row pitch v_stride
+  // v of prefill, between its halves: sums over parts of K, [planes][rows][plane_width]; a row for each position of the
+  // plan's order, 16 columns for each rank tile of a wide item
+  float* plane;
+  int64_t plane_elements;
+  int32_t planes;  // 0: v is used instead
+  int32_t plane_width;
+  int32_t x_stride, y_stride, v_stride;
   int32_t k;
   int32_t rows, groups;  // that the plan must have been made for
   int32_t max_tiles;
@@ -50,8 +42,9 @@ struct LinearTask {
   int32_t units;         // of all slices
   int32_t blocks_log2;   // decode: blocks of a cluster
   int32_t parts_log2;    // decode: clusters that share the outputs of a tile
-  int32_t k_split_log2;  // decode: warps that share K. Prefill: blocks
-  int32_t rank_cap;      // ranks that shared memory has room for
+  int32_t k_split_log2;  // decode: warps that share K
+  int32_t rank_cap;      // decode: ranks that shared memory has room for
+  int32_t a_rows_used;   // of an entry; 0: its rank
   bool follows_shrink;   // the kernel before is our own of the same call: only v is still being written
   LinearSlice slice[kMaxSlices];
 
@@ -63,43 +56,6 @@ struct LinearTask {
     return s;
   }
 };
-
-/// 16 ranks of a slice of an item, in shared memory.
-struct RankTile {
-  int16_t slice, first_rank;
-};
-
-/// See VForm.
-struct PackedV {
-  /// Place of rank r (and r + 1, for even r) among a slice's columns.
-  __device__ __forceinline__ static int place(int r) { return (r & ~31) + r % 8 / 2 * 8 + r % 32 / 8 * 2 + r % 2; }
-
-  __device__ __forceinline__ static int columns(int rank) { return (rank + 31) / 32 * 32; }
-};
-
-/// First packed columns of the slices; slices with equal v_col share one A. Returns a bit for each slice that is the
-/// first of those that share. `rank`: 0 where absent.
-__device__ __forceinline__ uint32_t pack_columns(const SliceEntry* entry, const int32_t* rank, int slices,
-                                                 int32_t* packed_col) {
-  int columns = 0;
-  uint32_t first = 0;
-#pragma unroll 1
-  for (int s = 0; s < slices; ++s) {
-    int shared = -1;
-#pragma unroll 1
-    for (int other = 0; other < s && shared < 0; ++other) {
-      if (rank[other] > 0 && entry[other].v_col == entry[s].v_col) shared = other;
-    }
-    packed_col[s] = shared >= 0 ? packed_col[shared] : columns;
-    if (shared >= 0) continue;
-    first |= 1u << s;
-    columns += PackedV::columns(rank[s]);
-  }
-  return first;
-}
-
-/// Elements of a row of packed v that are enough for any table.
-inline int64_t packed_v_width(int64_t v_width, int slices) { return (v_width + 31 * slices + 7) / 8 * 8; }
 
 struct Part {
   int begin, end;

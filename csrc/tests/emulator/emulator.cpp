@@ -162,6 +162,7 @@ void run_cluster(const Launch& launch, unsigned index) {
       thread->block_index = {flat % launch.grid.x, flat / launch.grid.x % launch.grid.y,
                              flat / launch.grid.x / launch.grid.y};
       thread->grid = {launch.grid.x, launch.grid.y, launch.grid.z};
+      thread->block_threads = {static_cast<unsigned>(launch.threads), 1, 1};
       thread->lane = t % 32;
       thread->block = &block;
       thread->warp = &block.warps[static_cast<size_t>(t / 32)];

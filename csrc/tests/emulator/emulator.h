@@ -55,7 +55,7 @@ struct Copy {
 };
 
 struct Thread {
-  Index thread, block_index, grid;
+  Index thread, block_index, grid, block_threads;
   int lane = 0;
   Block* block = nullptr;
   Warp* warp = nullptr;
@@ -181,6 +181,7 @@ Out warp_wide(const In& in, const Compute& compute) {
 #define threadIdx (::polylora::emulator::self().thread)
 #define blockIdx (::polylora::emulator::self().block_index)
 #define gridDim (::polylora::emulator::self().grid)
+#define blockDim (::polylora::emulator::self().block_threads)
 
 inline void __syncthreads() { polylora::emulator::sync_threads(); }
 inline int __syncthreads_or(int value) { return polylora::emulator::sync_threads_or(value); }

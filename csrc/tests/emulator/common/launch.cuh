@@ -38,4 +38,10 @@ cudaError_t launch(const Device& device, const LaunchShape& shape, const Params&
   return cudaSuccess;
 }
 
+template <auto kKernel, int kSmem>
+cudaError_t resident_clusters(const Device& device, int, int blocks, int& clusters) {
+  clusters = device.sms / blocks;
+  return cudaSuccess;
+}
+
 }  // namespace polylora::cuda

@@ -78,10 +78,7 @@ inline V load(const void* p) {
   return v;
 }
 inline uint4 load_weights16(const void* p) { return load<uint4>(p); }
-inline uint2 load_weights8(const void* p) { return load<uint2>(p); }
 inline uint4 load16(const void* p) { return load<uint4>(p); }
-inline uint4 load_weights16_if(bool condition, const void* p) { return condition ? load<uint4>(p) : uint4{0, 0, 0, 0}; }
-inline uint4 load16_if(bool condition, const void* p) { return load_weights16_if(condition, p); }
 inline uint2 load_weights8_if(bool condition, const void* p) { return condition ? load<uint2>(p) : uint2{0, 0}; }
 inline int4 load_fresh16(const void* p) { return load<int4>(p); }
 inline int load_fresh4(const void* p) { return load<int>(p); }
@@ -166,18 +163,6 @@ inline void store_async(uint32_t address, V v, uint32_t barrier) {
     emu::complete(b);
   });
 }
-inline void copy_to_rank(uint32_t to, const void* smem, uint32_t bytes, uint32_t barrier) {
-  if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(smem) % 16 != 0) std::abort();
-  unsigned char* first = at_rank(to, 16);
-  at_rank(to + bytes - 16, 16);
-  emu::Barrier& b = emu::barrier_at(at_rank(barrier, 8));
-  if (b.expected == 0) std::abort();
-  emu::start_copy([=, &b] {
-    std::memcpy(first, smem, bytes);
-    b.bytes -= static_cast<int64_t>(bytes);
-    emu::complete(b);
-  });
-}
 
 // ---- wgmma: a warpgroup's products are computed when it waits for them, so that operands overwritten too early show
 inline void fence_async_proxy() {}
@@ -208,7 +193,7 @@ inline float swizzled_element(uint64_t descriptor, int row, int k) {
   return to_float_of(reinterpret_cast<const T&>(bits));
 }
 template <typename T, int kTiles>
-inline void wgmma(float (*d)[8], uint64_t x, uint64_t weights, int accumulate) {
+inline void wgmma(float (*d)[8], uint64_t x, uint64_t weights) {
   const int warp = static_cast<int>(emu::self().thread.x) / 32 % 4;
   const int lane = emu::self().lane;
   // each thread computes its own part: no barrier among the warpgroup is needed, and none is made
@@ -216,19 +201,23 @@ inline void wgmma(float (*d)[8], uint64_t x, uint64_t weights, int accumulate) {
     for (int i = 0; i < kTiles * 8; ++i) {
       const int n = i / 8 * 16 + i % 8 / 4 * 8 + lane % 4 * 2 + i % 2;
       const int m = warp * 16 + lane / 4 + i % 4 / 2 * 8;
-      double sum = accumulate ? d[i / 8][i % 8] : 0.0;
+      double sum = d[i / 8][i % 8];
       for (int k = 0; k < 16; ++k) sum += double{swizzled_element<T>(x, m, k)} * swizzled_element<T>(weights, n, k);
       d[i / 8][i % 8] = static_cast<float>(sum);
     }
   });
 }
 template <typename T>
-inline void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate, T) {
-  wgmma<T, 1>(d, x, weights, accumulate);
+inline void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
+  wgmma<T, 1>(d, x, weights);
 }
 template <typename T>
-inline void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, int accumulate, T) {
-  wgmma<T, 4>(d, x, weights, accumulate);
+inline void wgmma_m64n32k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
+  wgmma<T, 2>(d, x, weights);
+}
+template <typename T>
+inline void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
+  wgmma<T, 4>(d, x, weights);
 }
 
 }  // namespace polylora::cuda::ptx

@@ -1,0 +1,393 @@
+// expand for prefill: y += scale * v B^T as a stream over y with a small product inside.
+//
+// A warp takes 16 rows and 32 outputs at a time, a piece of y, which comes through a ring of its own by cp.async; a
+// thread reads back only what it copied itself, so that no warp waits for another one. Only B is shared: in panels of
+// some hundred outputs, one in use and one on its way, with a barrier between them. Rows of the batch are on the M side
+// of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in linear_cluster.cu). v of the
+// tile and slice stays in shared memory, up to 64 ranks of it in registers, while a block walks its outputs.
+//
+// What keeps a stream from the memory's speed: too few bytes in flight (hence the ring), and too many instructions and
+// barriers for each of them (hence panels, and addresses that advance by constants).
+#pragma once
+
+#include <type_traits>
+
+#include "linear/wide.cuh"
+
+namespace polylora::cuda {
+
+/// A that is looked up by token instead of multiplied.
+struct TokenSource {
+  const void* ids;  // [rows]; null: v is multiplied
+  bool ids_are_int64;
+  bool token_major;
+  int64_t vocab;
+};
+
+/// How v lies in shared memory: a row of `pitch` elements for each row of the tile, a slice's ranks in blocks of 32
+/// with zeros behind the last. Rank r = 8t + 2m + e of a block stands in place 8m + 2t + e, so that ldmatrix hands a
+/// thread the ranks that it reads of B with one 16-byte load.
+struct StreamV {
+  /// For even r: places of r and r + 1 follow each other.
+  __device__ __forceinline__ static int place(int r) { return (r & ~31) + r % 8 / 2 * 8 + r % 32 / 8 * 2; }
+
+  __device__ __forceinline__ static int columns(int rank) { return (rank + 31) / 32 * 32; }
+
+  /// Of rows of up to `ranks` ranks: an odd number of 16-byte pieces, so that the rows that ldmatrix reads together lie
+  /// in different banks.
+  __host__ __device__ static constexpr int pitch(int ranks) { return ranks + 8; }
+};
+
+/// How a panel of B lies in shared memory: a row of `columns` elements for each output, zeros behind the rank.
+struct StreamB {
+  /// Where output n stands: the lanes of an mma read 8 rows in a row (their outputs: see linear_cluster.cu).
+  __device__ __forceinline__ static int place(int n) { return (n / 32 * 4 + n % 8 / 2) * 8 + n % 32 / 8 * 2 + n % 2; }
+
+  /// Element r of a row. Rows of an even number of blocks of 32 ranks swap neighbouring blocks in turn, against bank
+  /// conflicts.
+  __device__ __forceinline__ static int at(int place, int columns, int r) {
+    return place * columns + (columns % 64 == 0 ? r ^ (place & 1) << 5 : r);
+  }
+
+  /// Block i of the rows whose place has the parity of g, from `b` = at(.., .., r) of block 0 on.
+  template <typename T>
+  __device__ __forceinline__ static const T* block(const T* b, int columns, int g, int i) {
+    if (columns % 64 != 0) return b + 32 * i;
+    return b + (i % 2 == 0 ? 32 * i : 32 * (i - 1) + ((g & 1) == 0 ? 32 : -32));
+  }
+};
+
+inline constexpr int kPieceBytes = 16 * 32 * 2;  // of y: 16 rows, 32 outputs
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Four ranks of v, from the `r`th on, of a row of the item that are looked up.
+__device__ __forceinline__ uint2 look_up(const LinearTask& task, const WideItem& item, const TokenSource& tokens, int s,
+                                         int row, int r) {
+  const int32_t y_row = item.row[row];
+  uint32_t bits[4] = {};
+  if (y_row >= 0) {
+    const int64_t token = tokens.ids_are_int64 ? static_cast<const int64_t*>(tokens.ids)[y_row]
+                                               : static_cast<const int32_t*>(tokens.ids)[y_row];
+    const LinearSlice& slice = task.slice[s];
+    const SliceEntry& entry = item.entry[s];
+    const int64_t token_stride = tokens.token_major ? slice.a_stride : 1;
+    const int64_t rank_stride = tokens.token_major ? 1 : slice.a_stride;
+    const auto* a =
+        static_cast<const uint16_t*>(slice.a) + int64_t{entry.a_row} * slice.a_stride + token * token_stride;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (r + i < entry.rank) bits[i] = a[(r + i) * rank_stride];
+    }
+  }
+  return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+}
+
+// Four ranks of v, from the `r`th on, of a row of the item that came as sums.
+__device__ __forceinline__ float4 load_sums(const LinearTask& task, const WideItem& item, int s, int row, int r) {
+  const SliceEntry& entry = item.entry[s];
+  const float* from = task.v + int64_t{item.row[row]} * task.v_stride + entry.v_col + r;
+  if (r + 4 <= entry.rank && (reinterpret_cast<uintptr_t>(from) & 15) == 0)
+    return *reinterpret_cast<const float4*>(from);
+  float4 v{0.f, 0.f, 0.f, 0.f};
+  if (r < entry.rank) v.x = from[0];
+  if (r + 1 < entry.rank) v.y = from[1];
+  if (r + 2 < entry.rank) v.z = from[2];
+  if (r + 3 < entry.rank) v.w = from[3];
+  return v;
+}
+
+/// v of slice s of the item to shared memory; of sums, the one rounding happens here, unscaled as in the plain formula.
+/// Who reads it syncs before.
+template <typename T>
+__device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item,
+                                       const TokenSource* tokens, int s) {
+  const int rank = item.rank[s];
+  const int columns = StreamV::columns(rank);
+  // quads of ranks in a row, as if their number were a power of 2; those beyond the columns are left out
+  const int quads_log2 = rank <= 16 ? 2 : rank <= 32 ? 3 : rank <= 64 ? 4 : rank <= 128 ? 5 : 6;
+  const int items = item.rows << quads_log2;
+  const auto row_of = [&](int e) { return e >> quads_log2; };
+  const auto rank_of = [&](int e) { return (e & ((1 << quads_log2) - 1)) * 4; };
+  const auto put = [&](int e, uint2 bits) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(smem_v + row_of(e) * pitch + StreamV::place(rank_of(e)));
+    to[0] = bits.x;
+    to[4] = bits.y;
+    if (rank <= 16) {  // the second half of the block
+      to[2] = 0;
+      to[6] = 0;
+    }
+  };
+  const auto round = [](float4 v) { return uint2{pack(v.x, v.y, T{}), pack(v.z, v.w, T{})}; };
+  if (tokens == nullptr && task.planes > 0) {
+    // of a row's planes, up to 2^31 elements apart
+    const float* from = task.plane + int64_t{item.pos} * task.plane_width + item.first_rank_tile[s] * kRankTile;
+    // kItems * kPlanes loads on their way at once
+    const auto add_all = [&](auto items_at_once, auto planes_at_once) {
+      constexpr int kItems = decltype(items_at_once)::value;
+      constexpr int kPlanes = decltype(planes_at_once)::value;
+#pragma unroll 1
+      for (int first = threadIdx.x; first < items; first += kItems * blockDim.x) {
+        float4 sum[kItems][kPlanes];
+        const auto load = [&](int plane) {
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) {
+            const int e = first + i * blockDim.x;
+            const float* at = from + plane * task.plane_elements + row_of(e) * task.plane_width + rank_of(e);
+            const bool real = e < items && rank_of(e) < rank;
+#pragma unroll
+            for (int j = 0; j < kPlanes; ++j) {
+              sum[i][j] = {0.f, 0.f, 0.f, 0.f};
+              if (real && plane + j < task.planes) sum[i][j] = *reinterpret_cast<const float4*>(at);
+              at += task.plane_elements;
+            }
+          }
+        };
+        load(0);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          float4 all = sum[i][0];
+#pragma unroll
+          for (int j = 1; j < kPlanes; ++j) add(all, sum[i][j]);
+          sum[i][0] = all;
+        }
+        if (kItems == 1) {
+          float4 all = sum[0][0];
+#pragma unroll 1
+          for (int plane = kPlanes; plane < task.planes; plane += kPlanes) {
+            load(plane);
+#pragma unroll
+            for (int j = 0; j < kPlanes; ++j) add(all, sum[0][j]);
+          }
+          sum[0][0] = all;
+        }
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const int e = first + i * blockDim.x;
+          if (e < items && rank_of(e) < columns) put(e, round(sum[i][0]));
+        }
+      }
+    };
+    if (task.planes <= 2) return add_all(Constant<4>{}, Constant<2>{});
+    if (task.planes <= 4) return add_all(Constant<2>{}, Constant<4>{});
+    return add_all(Constant<1>{}, Constant<8>{});
+  }
+#pragma unroll 1
+  for (int e = threadIdx.x; e < items; e += blockDim.x) {
+    if (rank_of(e) >= columns) continue;
+    put(e, tokens != nullptr ? look_up(task, item, *tokens, s, row_of(e), rank_of(e))
+                             : round(load_sums(task, item, s, row_of(e), rank_of(e))));
+  }
+}
+
+// One panel of B, where its rows allow no 16-byte pieces. See ExpandStream for the layout.
+template <typename T>
+__device__ __forceinline__ void copy_b_slowly(T* to, const T* from, int64_t stride, int places, int outputs, int rank) {
+  const int columns = StreamV::columns(rank);
+  for (int e = threadIdx.x; e < places * columns; e += blockDim.x) {
+    const int n = e / columns;
+    const int r = e - n * columns;
+    const bool inside = n < outputs && r < rank;
+    reinterpret_cast<uint16_t*>(to)[StreamB::at(StreamB::place(n), columns, r)] =
+        inside ? reinterpret_cast<const uint16_t*>(from)[n * stride + r] : uint16_t{0};
+  }
+}
+
+/// Walks neighbouring units of a tile and slice. 256 or 512 threads; kStages pieces of y a warp, kPanelBytes of B
+/// twice.
+template <typename T, int kThreads, int kStages, int kPanelBytes>
+class ExpandStream {
+ public:
+  static constexpr int kPanelsAt = kThreads / 32 * kStages * kPieceBytes;
+  static constexpr int kBytes = kPanelsAt + 2 * kPanelBytes;  // of the ring
+
+  /// Begins with unit `first` of slice s: starts the first copies, of y only as many as keep the memory busy: what is
+  /// asked for later (v) waits behind them. All threads are done with the ring.
+  __device__ __forceinline__ ExpandStream(const LinearTask& task, const WideItem& item, unsigned char* ring, int s,
+                                          int first, int count)
+      : item_(item), s_(s), slice_(task.slice[s]), ring_(ring) {
+    const int n_begin = first * kUnitN;
+    const SliceEntry& entry = item.entry[s];
+    columns_ = StreamV::columns(entry.rank);
+    outputs_ = min(count * kUnitN, slice_.width - n_begin);
+    panel_steps_ = kPanelBytes / (columns_ * 2 * kOutputs * kSide);
+    // rows g, g + 8 of the warp's 16; 8 outputs of the piece's 32
+    const int row = warp() % 8 * 16 + g();
+    const int32_t low = item.row[row], high = item.row[row + 8];
+    has_low_ = row < item.rows && low >= 0;
+    has_high_ = row + 8 < item.rows && high >= 0;
+    const int first_output = kOutputs * (warp() / 8) + 8 * t();
+    left_ = outputs_ - first_output;
+    T* y = static_cast<T*>(task.y) + slice_.col + n_begin + first_output;
+    low_ = y + low * int64_t{task.y_stride};
+    high_ = y + high * int64_t{task.y_stride};
+    b_aligned_ = ((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) == 0;
+    b_ = static_cast<const T*>(slice_.b) + entry.b_offset + int64_t{n_begin} * entry.b_stride;
+    start_panel(0);
+    start<0, kEarly>();
+  }
+
+  /// All units. v of the slice is in shared memory, or on its way: the first panel syncs.
+  __device__ __forceinline__ void run(const T* smem_v, int pitch) {
+    start<kEarly, kStages - 1>();
+    const T* v = smem_v + (warp() % 8 * 16 + lane() % 16) * pitch + lane() / 16 * 8;
+    if (columns_ == 32) {
+      walk<1>(v);
+    } else if (columns_ == 64) {
+      walk<2>(v);
+    } else {
+      walk<0>(v);
+    }
+    ptx::wait_copies<0>();
+  }
+
+ private:
+  static constexpr int kOutputs = 32;             // of a piece
+  static constexpr int kEarly = 2;                // pieces of y to start with
+  static constexpr int kSide = kThreads / 256;    // warps side by side
+  static constexpr int kStep = kOutputs * kSide;  // outputs from a warp's piece to its next one
+
+  __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ static int g() { return lane() / 4; }
+  __device__ __forceinline__ static int t() { return lane() % 4; }
+
+  // this thread's part of the warp's ring: of a piece 16 bytes of row g, and 512 bytes further 16 of row g + 8
+  __device__ __forceinline__ unsigned char* my_ring() const {
+    return ring_ + warp() * (kStages * kPieceBytes) + lane() * 16;
+  }
+
+  template <int kFrom, int kTo>
+  __device__ __forceinline__ void start() const {
+#pragma unroll
+    for (int i = kFrom; i < kTo; ++i) {
+      start_y(i * kPieceBytes, i);
+      ptx::commit_copies();
+    }
+  }
+
+  // The piece `ahead` steps from here.
+  __device__ __forceinline__ void start_y(int slot, int ahead) const {
+    unsigned char* to = my_ring() + slot;
+    if (left_ <= ahead * kStep) return;
+    if (has_low_) ptx::copy_async16(to, low_ + ahead * kStep, 16);
+    if (has_high_) ptx::copy_async16(to + 512, high_ + ahead * kStep, 16);
+  }
+
+  __device__ __forceinline__ T* panel_at(int panel) const {
+    return reinterpret_cast<T*>(ring_ + kPanelsAt + panel % 2 * kPanelBytes);
+  }
+
+  // Without a commit: they belong to the next piece's group.
+  __device__ __forceinline__ void start_panel(int panel) const {
+    const int places = panel_steps_ * kStep;
+    const int outputs = outputs_ - panel * places;
+    if (outputs <= 0) return;
+    const SliceEntry& entry = item_.entry[s_];
+    const T* from = b_ + int64_t{panel * places} * entry.b_stride;
+    T* to = panel_at(panel);
+    if (!b_aligned_) return copy_b_slowly(to, from, entry.b_stride, places, outputs, entry.rank);
+    // a thread brings 8 ranks of every so-many-th output; their number an output as if it were a power of 2
+    const int pieces_log2 = columns_ <= 32 ? 2 : columns_ <= 64 ? 3 : columns_ <= 128 ? 4 : 5;
+    const int r = (threadIdx.x & ((1 << pieces_log2) - 1)) * 8;
+    if (r >= columns_) return;
+    const int bytes = min(max(entry.rank - r, 0), 8) * 2;
+    const int used = min(places, (outputs + kOutputs - 1) / kOutputs * kOutputs);
+    const int apart = kThreads >> pieces_log2;
+#pragma unroll 2
+    for (int n = threadIdx.x >> pieces_log2; n < used; n += apart) {
+      const bool real = n < outputs && bytes > 0;
+      const T* source = real ? from + n * int64_t{entry.b_stride} + r : b_;
+      ptx::copy_async16(to + StreamB::at(StreamB::place(n), columns_, r), source,
+                        static_cast<uint32_t>(real ? bytes : 0));
+    }
+  }
+
+  // kBlocks: blocks of 32 ranks whose v stays in registers; 0: any number, read for every piece.
+  template <int kBlocks>
+  __device__ __forceinline__ void walk(const T* v) {
+    constexpr int kHeld = kBlocks > 0 ? kBlocks : 1;
+    uint32_t held[kHeld][2][4];
+    const bool busy = warp() % 8 * 16 < item_.rows;
+    const int steps = (outputs_ + kStep - 1) / kStep;
+    int slot = 0, panel = 0, left_in_panel = 0;
+    const T* b = nullptr;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if (left_in_panel == 0) {
+        left_in_panel = panel_steps_;
+        if (panel_steps_ < kStages - 1) {  // its copies may be among the youngest groups
+          ptx::wait_copies<0>();
+        } else {
+          ptx::wait_copies<kStages - 2>();
+        }
+        __syncthreads();  // the panel is there for all, and all are done with the one before
+        start_panel(panel + 1);
+        b = panel_at(panel) + StreamB::at(warp() / 8 * kOutputs + g(), kBlocks > 0 ? 32 * kBlocks : columns_, 8 * t());
+        ++panel;
+        if (kBlocks > 0 && step == 0) {
+#pragma unroll
+          for (int i = 0; i < kHeld; ++i) {
+            ptx::load_matrices(held[i][0], v + 32 * i);
+            ptx::load_matrices(held[i][1], v + 32 * i + 16);
+          }
+        }
+      }
+      --left_in_panel;
+      ptx::wait_copies<kStages - 2>();
+      start_y(slot == 0 ? (kStages - 1) * kPieceBytes : slot - kPieceBytes, kStages - 1);
+      ptx::commit_copies();
+      if (busy && left_ + 8 * t() > 0) {
+        float acc[4][4] = {};
+        const int columns = kBlocks > 0 ? 32 * kBlocks : columns_;
+#pragma unroll
+        for (int i = 0; i < (kBlocks > 0 ? kBlocks : kMaxRank / 32); ++i) {
+          if (kBlocks == 0 && 32 * i >= columns) break;
+          if (kBlocks == 0) {
+            ptx::load_matrices(held[0][0], v + 32 * i);
+            ptx::load_matrices(held[0][1], v + 32 * i + 16);
+          }
+          const uint32_t (&rows)[2][4] = held[kBlocks > 0 ? i : 0];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint4 weights = *reinterpret_cast<const uint4*>(StreamB::block(b, columns, g(), i) + j * 8 * columns);
+            const uint32_t b0[2] = {weights.x, weights.y};
+            const uint32_t b1[2] = {weights.z, weights.w};
+            ptx::mma_m16n8k16<T>(acc[j], rows[0], b0);
+            ptx::mma_m16n8k16<T>(acc[j], rows[1], b1);
+          }
+        }
+        const float scale = item_.entry[s_].scale;
+        const auto finish = [&](int half, T* y) {
+          float delta[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) delta[j] = acc[j / 2][half * 2 + j % 2];
+          const uint4 base = *reinterpret_cast<const uint4*>(my_ring() + slot + half * 512);
+          ptx::store16(y, add_scaled<T>(base, scale, delta));
+        };
+        if (has_low_ && left_ > 0) finish(0, low_);
+        if (has_high_ && left_ > 0) finish(1, high_);
+      }
+      slot = slot == (kStages - 1) * kPieceBytes ? 0 : slot + kPieceBytes;
+      b += kStep * (kBlocks > 0 ? 32 * kBlocks : columns_);
+      low_ += kStep;
+      high_ += kStep;
+      left_ -= kStep;
+    }
+  }
+
+  const WideItem& item_;  // read again where it is needed: registers are short
+  const int s_;
+  const LinearSlice& slice_;
+  unsigned char* const ring_;
+  int columns_;      // of v and B
+  int outputs_;      // of all pieces
+  int panel_steps_;  // of a warp in a panel
+  bool has_low_, has_high_, b_aligned_;
+  int left_;        // outputs from this thread's next on
+  T *low_, *high_;  // this thread's next outputs
+  const T* b_;      // of the first output
+};
+
+}  // namespace polylora::cuda

@@ -1,0 +1,254 @@
+// linear for prefill in one launch, sm_90a: a cluster of blocks takes a wide tile of up to 128 rows of one group.
+//
+//   every block:  its part of K, all slices: x and A through a ring of stages (cp.async), wgmma     -> a plane of v
+//                 the first of y and B on their way through the same ring meanwhile
+//                 the cluster's barrier
+//                 v of a slice, the planes added in the order of K; its part of the outputs          (ExpandStream)
+//
+// x is read once, y once. K is shared so that few rows, too, occupy the device, and A comes from L2 once for every
+// tile; the planes stay in L2. One launch instead of two: no block waits for the last one of a grid, and y streams
+// while v is exchanged. Also shrink on its own, where the blocks of a cluster share the rows to add.
+//
+// What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
+// The order of all sums depends on the capacities of the call alone.
+#include "linear/expand_stream.cuh"
+#include "linear/paths.h"
+
+// what only 9.0a compiles would count as unused in the passes for other devices
+#pragma nv_diag_suppress 177
+
+namespace polylora::cuda {
+namespace {
+
+constexpr int kThreads = 512;  // four warpgroups: two share the rows of a pass over x, two its ranks
+constexpr int kSmem = 227 * 1024;
+constexpr int kPitch = StreamV::pitch(kMaxRank);
+constexpr int kVBytes = kWideTileRows * kPitch * 2;
+constexpr int kRing = kSmem - kVBytes - (static_cast<int>(sizeof(WideItem)) + 15) / 16 * 16;
+constexpr int stages_of(int bytes) { return kRing / bytes < 8 ? kRing / bytes : 8; }
+
+constexpr int kExpandStages = 5;
+constexpr int kPanelBytes = 32 * 1024;  // of B
+
+// The units of a part: those of the slices that the group has, in a row.
+struct Stretch {
+  int slice = -1, first = 0, count = 0;
+
+  // The next one with any units; false after the last.
+  __device__ __forceinline__ bool next(const LinearTask& task, const WideItem& item, int part, int parts) {
+    int before = 0, all = 0;
+#pragma unroll 1
+    for (int s = 0; s < task.slices; ++s) {
+      if (item.rank[s] == 0) continue;
+      const int units = (task.slice[s].width + kUnitN - 1) / kUnitN;
+      if (s <= slice) before += units;
+      all += units;
+    }
+    const int begin = static_cast<int>(int64_t{all} * part / parts);
+    const int end = static_cast<int>(int64_t{all} * (part + 1) / parts);
+#pragma unroll 1
+    for (++slice; slice < task.slices; ++slice) {
+      if (item.rank[slice] == 0) continue;
+      const int units = (task.slice[slice].width + kUnitN - 1) / kUnitN;
+      first = max(begin - before, 0);
+      count = min(end - before, units) - first;
+      if (count > 0) return true;
+      before += units;
+    }
+    return false;
+  }
+};
+
+/// kTiles: rank tiles that a warpgroup takes of a pass over x.
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant__ LinearTask task) {
+#if POLYLORA_HAS_WGMMA
+  constexpr int kAllTiles = 2 * kTiles;
+  using Copies = WideCopies<T, kThreads, kAllTiles>;
+  using Stream = ExpandStream<T, kThreads, kExpandStages, kPanelBytes>;
+  constexpr int kStages = stages_of(shrink_stage_bytes(kAllTiles));
+  static_assert(Stream::kBytes <= kRing);
+  unsigned char* smem = ptx::dynamic_smem();
+  T* smem_v = reinterpret_cast<T*>(smem + kRing);
+  WideItem& item = *reinterpret_cast<WideItem*>(smem + kRing + kVBytes);
+  const int parts = max(task.planes, 1);
+  const int group = threadIdx.x / 128;
+  const int first_tile = group / 2 * kTiles;  // of a pass
+
+  ptx::launch_next_grid();
+  WideJob::read(task, item, blockIdx.x / parts);
+  bool guess = true;
+#pragma unroll 1
+  while (true) {
+    // ---- shrink
+#pragma unroll 1
+    for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
+      const Copies copies(task, item, base);
+      const Part chunks = chunks_of(task, ptx::cluster_rank(), parts);
+      if (guess) ptx::wait_for_previous_grid();
+      const bool real = item.index < item.tiles && item.rank_tiles > 0;
+#pragma unroll 1
+      for (int i = 0; i < kStages - 1; ++i) {
+        if (real && chunks.begin + i < chunks.end) copies.start(smem + i * Copies::kStageBytes, chunks.begin + i);
+        ptx::commit_copies();
+      }
+      if (guess) {
+        guess = false;
+        if (__syncthreads_or(WideJob::differs(task, item))) {
+          ptx::wait_copies<0>();
+          __syncthreads();
+          WideJob::read(task, item, blockIdx.x / parts);
+          base = -kAllTiles;
+          continue;
+        }
+      }
+      if (!real) break;
+      float acc[kTiles][8];
+#pragma unroll
+      for (int i = 0; i < kTiles * 8; ++i) acc[i / 8][i % 8] = 0.f;
+      int stage = 0;
+#pragma unroll 1
+      for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        ptx::wait_copies<kStages - 2>();
+        ptx::fence_async_proxy();
+        ptx::wgmma_wait<0>();
+        __syncthreads();  // the chunk is there for all, and all are done with the chunk before
+        ptx::wgmma_fence();
+        const unsigned char* at = smem + stage * Copies::kStageBytes;
+        const uint64_t x = ptx::swizzled_rows(at + group % 2 * 64 * kChunkK * 2);
+        const uint64_t a = ptx::swizzled_rows(at + Copies::kABytes + first_tile * kRankTile * kChunkK * 2);
+        constexpr int kTile = kRankTile * kChunkK * 2 >> 4;
+#pragma unroll
+        for (int step = 0; step < kChunkK / 16; ++step) {
+          int i = 0;
+#pragma unroll
+          for (; i + 4 <= kTiles; i += 4) ptx::wgmma_m64n64k16(acc + i, x + 2 * step, a + i * kTile + 2 * step, T{});
+#pragma unroll
+          for (; i + 2 <= kTiles; i += 2) ptx::wgmma_m64n32k16(acc + i, x + 2 * step, a + i * kTile + 2 * step, T{});
+          if (i < kTiles) ptx::wgmma_m64n16k16(acc + i, x + 2 * step, a + i * kTile + 2 * step, T{});
+        }
+        ptx::wgmma_commit();
+        const int next = chunk + kStages - 1;
+        if (next < chunks.end) copies.start(smem + (stage == 0 ? kStages - 1 : stage - 1) * Copies::kStageBytes, next);
+        ptx::commit_copies();
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+      ptx::wgmma_wait<0>();
+      ptx::wait_copies<0>();
+
+      const int lane = threadIdx.x % 32;
+      const int first_row = threadIdx.x % 256 / 32 * 16 + lane / 4;
+      const SumStore store(task, item, ptx::cluster_rank(), first_row, lane % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int tile = base + first_tile + i;
+        if (tile >= item.rank_tiles) break;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) store.put(tile, j % 2, j / 2, {acc[i][2 * j], acc[i][2 * j + 1]});
+      }
+      __syncthreads();  // the ring is free
+    }
+    if (item.index >= item.tiles) break;
+
+    // ---- expand; or the sum alone
+    if (item.rank_tiles > 0 && task.planes > 0) {
+      ptx::cluster_arrive();
+      bool exchanged = false;
+      Stretch stretch;
+      bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts);
+#pragma unroll 1
+      while (more) {
+        Stream stream(task, item, smem, stretch.slice, stretch.first, stretch.count);
+        if (!exchanged) ptx::cluster_wait();
+        exchanged = true;
+        load_v(smem_v, kPitch, task, item, nullptr, stretch.slice);
+        stream.run(smem_v, kPitch);
+        more = stretch.next(task, item, ptx::cluster_rank(), parts);
+        __syncthreads();  // all are done with the ring and v
+      }
+      if (!exchanged) ptx::cluster_wait();
+      if (task.y == nullptr) {
+        const int part = ptx::cluster_rank();
+        add_planes_to_v(task, item, item.rows * part / parts, item.rows * (part + 1) / parts);
+      }
+    }
+    const int next = item.index + gridDim.x / parts;
+    if (next >= item.tiles) break;
+    __syncthreads();
+    WideJob::read(task, item, next);
+  }
+#else
+  __trap();  // linear.cu sends no other device here
+#endif
+}
+
+template <typename T, int kTiles>
+cudaError_t launch_wide(const Device& device, const LaunchShape& shape, const LinearTask& task, cudaStream_t stream) {
+  return launch<&linear_wide<T, kTiles>, kSmem>(device, shape, task, stream);
+}
+
+template <typename T>
+cudaError_t launch_wide(int rank_tiles, const Device& device, const LaunchShape& shape, const LinearTask& task,
+                        cudaStream_t stream) {
+  if (rank_tiles <= 2) return launch_wide<T, 1>(device, shape, task, stream);
+  if (rank_tiles <= 4) return launch_wide<T, 2>(device, shape, task, stream);
+  if (rank_tiles <= 8) return launch_wide<T, 4>(device, shape, task, stream);
+  if (rank_tiles <= 12) return launch_wide<T, 6>(device, shape, task, stream);
+  return launch_wide<T, 8>(device, shape, task, stream);
+}
+
+constexpr int kMaxParts = 16;
+
+// Parts of K, from the capacities of the call alone: the largest clusters of which the device holds one for each tile.
+cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
+  parts = 4;
+  if (batch_invariant()) return cudaSuccess;
+  const int64_t tiles = divide_up(p.rows, kWideTileRows);
+  const int64_t most = divide_up(p.k, kChunkK) / 2;
+  for (parts = static_cast<int>(most < 1 ? 1 : min64(most, kMaxParts)); parts > 1; --parts) {
+    int clusters = 0;
+    const cudaError_t error =
+        resident_clusters<&linear_wide<__nv_bfloat16, 1>, kSmem>(device, kThreads, parts, clusters);
+    if (error != cudaSuccess) return error;
+    if (clusters >= tiles) break;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
+  Device device;
+  int parts = 0;
+  cudaError_t error = current_device(device);
+  if (error == cudaSuccess) error = parts_of_k(p, device, parts);
+  bytes = p.y == nullptr && parts == 1 ? 0 : plane_bytes(p, parts);
+  return error;
+}
+
+cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
+  LinearTask task = linear_task(p);
+  task.tile = p.plan.wide_tile;
+  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  if (task.max_tiles == 0 || (p.y != nullptr && task.units == 0)) return cudaSuccess;
+  Device device;
+  int parts = 0, clusters = 0;
+  cudaError_t error = current_device(device);
+  if (error == cudaSuccess) error = parts_of_k(p, device, parts);
+  if (error == cudaSuccess) {
+    error = resident_clusters<&linear_wide<__nv_bfloat16, 1>, kSmem>(device, kThreads, parts, clusters);
+  }
+  if (error != cudaSuccess) return error;
+  if (p.y != nullptr || parts > 1) set_planes(task, p, parts);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));
+  shape.threads = kThreads;
+  shape.smem_bytes = kSmem;
+  shape.cluster = parts;
+  shape.overlap = true;
+  const int tiles = expected_rank_tiles(p);
+  return p.dtype == DType::kBFloat16 ? launch_wide<__nv_bfloat16>(tiles, device, shape, task, stream)
+                                     : launch_wide<__half>(tiles, device, shape, task, stream);
+}
+
+}  // namespace polylora::cuda

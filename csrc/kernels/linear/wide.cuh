@@ -1,0 +1,322 @@
+// What the kernels for wide tiles share: the item, its copies of x and A, and where the sums go.
+#pragma once
+
+#include "linear/task.cuh"
+
+namespace polylora::cuda {
+
+inline constexpr int kChunkK = 64;  // elements of K in a stage: 128 bytes a row
+inline constexpr int kMaxRankTiles = kMaxSlices * kMaxRank / kRankTile;
+
+/// 16 ranks of a slice.
+struct RankTile {
+  int16_t slice, first_rank;
+};
+
+/// What a block works on, in shared memory.
+struct WideItem {
+  int32_t head[8];  // of the plan: version, rows, groups, wide tiles; of the tile: group, position, rows
+  SliceEntry entry[kMaxSlices];
+  int32_t row[kWideTileRows];  // beyond the tile's end the last; negative: nothing is added to it
+  int32_t index;               // of the tile
+  // derived
+  int32_t tiles;                        // of the plan
+  int32_t rows, pos;                    // of the tile
+  int32_t rank[kMaxSlices];             // 0: absent
+  int32_t first_rank_tile[kMaxSlices];  // slices that share A and v_col share its rank tiles
+  int32_t rank_tiles;
+  RankTile rank_tile[kMaxRankTiles];
+};
+
+/// The words that a WideItem is made of, one a thread, so that one load a thread reads them again: the item is read
+/// before the kernel before has ended, and compared after it. Whatever stands in memory, nothing outside plan and table
+/// is read.
+class WideJob {
+ public:
+  /// All threads call it; it syncs at its end.
+  __device__ __forceinline__ static void read(const LinearTask& task, WideItem& item, int index) {
+    const int thread = threadIdx.x;
+    if (thread < 7) item.head[thread] = ptx::load_fresh4(head_at(task, index));
+    if (thread == 7) item.index = index;
+    __syncthreads();
+    if (index >= tiles_of(task, item)) {  // nothing to do: soon over
+      if (thread == 0) item.tiles = item.rank_tiles = 0;
+      __syncthreads();
+      return;
+    }
+    if (has_entry_word(task))
+      reinterpret_cast<int32_t*>(item.entry)[thread - 8] = ptx::load_fresh4(entry_at(task, item));
+    if (has_row()) item.row[thread - 128] = load_row(task, item);
+    __syncthreads();
+    if (thread < 32) derive(task, item, thread);
+    __syncthreads();
+  }
+
+  /// Whether memory now holds something else. Finds the addresses again rather than to keep them: registers are short.
+  __device__ __forceinline__ static bool differs(const LinearTask& task, const WideItem& item) {
+    const int thread = threadIdx.x;
+    if (thread < 7) return ptx::load_fresh4(head_at(task, item.index)) != item.head[thread];
+    if (item.index >= item.tiles) return false;
+    if (has_entry_word(task)) {
+      return ptx::load_fresh4(entry_at(task, item)) != reinterpret_cast<const int32_t*>(item.entry)[thread - 8];
+    }
+    return has_row() && load_row(task, item) != item.row[thread - 128];
+  }
+
+ private:
+  static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2);
+
+  __device__ __forceinline__ static const int32_t* head_at(const LinearTask& task, int index) {
+    const int thread = threadIdx.x;
+    if (thread < 4) return task.header + (thread < 3 ? thread : kPlanWideTiles);
+    return reinterpret_cast<const int32_t*>(task.tile + min(index, task.max_tiles - 1)) + thread - 4;
+  }
+
+  __device__ __forceinline__ static bool has_entry_word(const LinearTask& task) {
+    return threadIdx.x - 8 < sizeof(SliceEntry) / 4 * task.slices;
+  }
+
+  __device__ __forceinline__ static const int32_t* entry_at(const LinearTask& task, const WideItem& item) {
+    const uint32_t group = min(static_cast<uint32_t>(item.head[4]), static_cast<uint32_t>(task.groups - 1));
+    return reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices) + threadIdx.x - 8;
+  }
+
+  __device__ __forceinline__ static bool has_row() { return threadIdx.x - 128 < kWideTileRows; }
+
+  __device__ __forceinline__ static int rows_of(const LinearTask& task, const WideItem& item) {
+    return min(max(item.head[6], 1), min(kWideTileRows, task.rows));
+  }
+
+  __device__ __forceinline__ static int pos_of(const LinearTask& task, const WideItem& item) {
+    return min(max(item.head[5], 0), task.rows - rows_of(task, item));
+  }
+
+  __device__ __forceinline__ static int32_t load_row(const LinearTask& task, const WideItem& item) {
+    const int i = min(static_cast<int>(threadIdx.x) - 128, rows_of(task, item) - 1);
+    const int32_t row = ptx::load_fresh4(task.order + pos_of(task, item) + i);
+    return static_cast<int32_t>(min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1)));
+  }
+
+  __device__ __forceinline__ static int tiles_of(const LinearTask& task, const WideItem& item) {
+    const bool known = item.head[0] == kPlanVersionValue && item.head[1] == task.rows && item.head[2] == task.groups;
+    return known ? min(max(item.head[3], 0), task.max_tiles) : 0;
+  }
+
+  // A lane a slice.
+  __device__ __forceinline__ static void derive(const LinearTask& task, WideItem& item, int lane) {
+    int rank = 0;
+    if (lane < task.slices) {
+      const LinearSlice& slice = task.slice[lane];
+      const SliceEntry& entry = item.entry[lane];
+      const int64_t a_rows_used = task.a_rows_used > 0 ? task.a_rows_used : entry.rank;
+      if (entry_fits(entry, a_rows_used, slice.a_rows, slice.width, slice.b_elements, task.v_width)) rank = entry.rank;
+    }
+    int shares_with = lane;
+    int first = 0;  // rank tile
+#pragma unroll 1
+    for (int s = 0; s < task.slices; ++s) {
+      const int other = __shfl_sync(0xffffffffu, rank, s);
+      const bool own = __shfl_sync(0xffffffffu, shares_with, s) == s;  // final: its turn has come
+      if (!own || other != rank || s >= lane || lane >= task.slices || shares_with != lane) continue;
+      const bool same_a = task.slice[s].a == task.slice[lane].a && item.entry[s].a_row == item.entry[lane].a_row;
+      if (same_a && item.entry[s].v_col == item.entry[lane].v_col) shares_with = s;
+    }
+    const bool own = rank > 0 && shares_with == lane;
+#pragma unroll 1
+    for (int s = 0; s < task.slices; ++s) {
+      const int tiles = __shfl_sync(0xffffffffu, own ? (rank + kRankTile - 1) / kRankTile : 0, s);
+      if (s < lane) first += tiles;
+    }
+    const int all = __shfl_sync(0xffffffffu, first, 31);
+    first = __shfl_sync(0xffffffffu, first, shares_with);
+    // a table that claims more distinct ranks than v has columns for: no plane has room for them
+    const bool room = task.planes == 0 || all * kRankTile <= task.plane_width;
+    if (lane < task.slices) {
+      item.rank[lane] = room ? rank : 0;
+      item.first_rank_tile[lane] = first;
+    }
+    for (int r = 0; own && room && r < rank; r += kRankTile) {
+      item.rank_tile[first + r / kRankTile] = {static_cast<int16_t>(lane), static_cast<int16_t>(r)};
+    }
+    if (lane == 0) {
+      item.tiles = tiles_of(task, item);
+      item.rows = rows_of(task, item);
+      item.pos = pos_of(task, item);
+      item.rank_tiles = room ? all : 0;
+    }
+  }
+};
+
+/// Bytes of a stage of the ring of x and A.
+__host__ __device__ constexpr int shrink_stage_bytes(int rank_tiles) {
+  return (kWideTileRows + rank_tiles * kRankTile) * kChunkK * 2;
+}
+
+/// Where 16-byte piece `piece` of row `row` of a stage lies, in bytes: the 128-byte swizzle of the tensor cores' own
+/// layouts, free of bank conflicts for ldmatrix, too.
+__device__ __forceinline__ int piece_at(int row, int piece) { return row * kChunkK * 2 + ((piece ^ (row & 7)) << 4); }
+
+/// The chunks of K of a part of `parts`.
+__device__ __forceinline__ Part chunks_of(const LinearTask& task, int part, int parts) {
+  const int chunks = (task.k + kChunkK - 1) / kChunkK;
+  return {chunks * part / parts, chunks * (part + 1) / parts};
+}
+
+/// Brings the chunks of x and A of a pass over `kTiles` rank tiles into stages of the ring: a thread brings one 16-byte
+/// piece of every (kThreads / 8)th row. Rows and ranks that are not there become zeros.
+template <typename T, int kThreads, int kTiles>
+class WideCopies {
+ public:
+  static constexpr int kStageBytes = shrink_stage_bytes(kTiles);
+  static constexpr int kABytes = kWideTileRows * kChunkK * 2;  // from a stage's begin to its part of A
+
+  __device__ __forceinline__ WideCopies(const LinearTask& task, const WideItem& item, int first_rank_tile)
+      : task_(task) {
+#pragma unroll
+    for (int i = 0; i < kXPieces; ++i) {
+      const int row = thread_row() + kRowsApart * i;
+      x_[i] = row < item.rows ? static_cast<uint32_t>(int64_t{item.row[row]} * task.x_stride / 8) : kNothing;
+    }
+#pragma unroll
+    for (int i = 0; i < kAPieces; ++i) {
+      const int row = thread_row() + kRowsApart * i;
+      const int tile = first_rank_tile + row / kRankTile;
+      a_[i] = nullptr;
+      if (row < kTiles * kRankTile && tile < item.rank_tiles) {
+        const RankTile at = item.rank_tile[tile];
+        const SliceEntry& entry = item.entry[at.slice];
+        const LinearSlice& slice = task.slice[at.slice];
+        const int r = at.first_rank + row % kRankTile;
+        if (r < item.rank[at.slice]) a_[i] = static_cast<const T*>(slice.a) + int64_t{entry.a_row + r} * slice.a_stride;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void start(unsigned char* stage, int chunk) const {
+    unsigned char* to = stage + piece_at(thread_row(), threadIdx.x % 8);
+    const int k = chunk * kChunkK + static_cast<int>(threadIdx.x) % 8 * 8;
+    const bool inside = k < task_.k;
+    const T* x = static_cast<const T*>(task_.x);
+#pragma unroll
+    for (int i = 0; i < kXPieces; ++i) {
+      const bool real = inside && x_[i] != kNothing;
+      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, real ? x + int64_t{x_[i]} * 8 + k : x, real ? 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAPieces; ++i) {
+      if (kTiles * kRankTile % kRowsApart != 0 && thread_row() + kRowsApart * i >= kTiles * kRankTile) break;
+      const bool real = inside && a_[i] != nullptr;
+      ptx::copy_async16(to + kABytes + i * kRowsApart * kChunkK * 2, real ? a_[i] + k : x, real ? 16 : 0);
+    }
+  }
+
+ private:
+  static constexpr int kRowsApart = kThreads / 8;
+  static constexpr int kXPieces = kWideTileRows / kRowsApart;
+  static constexpr int kAPieces = (kTiles * kRankTile + kRowsApart - 1) / kRowsApart;
+  static constexpr uint32_t kNothing = ~0u;
+
+  __device__ __forceinline__ static int thread_row() { return threadIdx.x / 8; }
+
+  const LinearTask& task_;
+  uint32_t x_[kXPieces];  // in pieces from x on: 32 bits hold 64 GiB
+  const T* a_[kAPieces];
+};
+
+/// Where a thread's sums go: to the part's plane, or to v.
+class SumStore {
+ public:
+  /// Of rows `row` and `row` + 8 of the item; `r` counts from a rank tile's first.
+  __device__ __forceinline__ SumStore(const LinearTask& task, const WideItem& item, int part, int row, int r)
+      : task_(task), item_(item), row_(row), r_(r) {
+    plane_ = task.plane + part * task.plane_elements + int64_t{item.pos + row} * task.plane_width + r;
+  }
+
+  /// Sums of ranks r, r + 1 of the first or second half of a rank tile, of the first or second row.
+  __device__ __forceinline__ void put(int rank_tile, int second_row, int second_half, float2 sums) const {
+    if (row_ + 8 * second_row >= item_.rows) return;
+    if (task_.planes > 0) {
+      float* to = plane_ + 8 * second_row * task_.plane_width + rank_tile * kRankTile + 8 * second_half;
+      *reinterpret_cast<float2*>(to) = sums;
+      return;
+    }
+    const RankTile tile = item_.rank_tile[rank_tile];
+    const int rank = item_.rank[tile.slice];
+    const int r = tile.first_rank + 8 * second_half + r_;
+    float* to =
+        task_.v + int64_t{item_.row[row_ + 8 * second_row]} * task_.v_stride + item_.entry[tile.slice].v_col + r;
+    if (r < rank) to[0] = sums.x;
+    if (r + 1 < rank) to[1] = sums.y;
+  }
+
+ private:
+  const LinearTask& task_;
+  const WideItem& item_;
+  const int row_, r_;
+  float* plane_;
+};
+
+/// Four ranks from the planes' column `column` on, of a position: the parts of K in their order, eight on their way at
+/// once.
+__device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos, int column) {
+  const float* from = task.plane + pos * task.plane_width + column;
+  float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+  for (int i = 0; i < task.planes; i += 8) {
+    float4 next[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      next[j] = {0.f, 0.f, 0.f, 0.f};
+      if (i + j < task.planes) next[j] = *reinterpret_cast<const float4*>(from + (i + j) * task.plane_elements);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) add(sum, next[j]);
+  }
+  return sum;
+}
+
+/// v of rows [begin, end) of the item from its planes.
+__device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const WideItem& item, int begin, int end) {
+  const int quads = item.rank_tiles * (kRankTile / 4);  // a row
+#pragma unroll 1
+  for (int e = threadIdx.x; e < (end - begin) * quads; e += blockDim.x) {
+    const int row = begin + e / quads;
+    const int column = e % quads * 4;
+    const RankTile tile = item.rank_tile[column / kRankTile];
+    const int rank = item.rank[tile.slice];
+    const int r = tile.first_rank + column % kRankTile;
+    const float4 sum = add_planes(task, item.pos + row, column);
+    float* to = task.v + int64_t{item.row[row]} * task.v_stride + item.entry[tile.slice].v_col + r;
+    if (r < rank) to[0] = sum.x;
+    if (r + 1 < rank) to[1] = sum.y;
+    if (r + 2 < rank) to[2] = sum.z;
+    if (r + 3 < rank) to[3] = sum.w;
+  }
+}
+
+// ---- host
+
+/// Columns of a plane that are enough for any table.
+inline int64_t plane_width(int64_t v_width, int slices) {
+  return divide_up(min64(v_width, int64_t{kMaxRank} * slices) + (kRankTile - 1) * slices, kRankTile) * kRankTile;
+}
+
+/// Rank tiles of an item: ranks are unknown to the host, so an even share of v for each slice. A block that finds more
+/// passes over x again.
+inline int expected_rank_tiles(const LoraParams& p) {
+  const int64_t ranks = min64(p.v_width, int64_t{kMaxRank} * p.slices.count);
+  return p.slices.count * static_cast<int>(divide_up(ranks, int64_t{kRankTile} * p.slices.count));
+}
+
+/// Planes of v in the call's scratch.
+inline void set_planes(LinearTask& task, const LoraParams& p, int parts) {
+  task.planes = parts;
+  task.plane = static_cast<float*>(p.scratch);
+  task.plane_width = static_cast<int32_t>(plane_width(p.v_width, p.slices.count));
+  task.plane_elements = p.rows * task.plane_width;
+}
+inline int64_t plane_bytes(const LoraParams& p, int parts) {
+  return parts * p.rows * plane_width(p.v_width, p.slices.count) * int64_t{sizeof(float)};
+}
+
+}  // namespace polylora::cuda
