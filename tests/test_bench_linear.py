@@ -9,16 +9,21 @@ import json
 import math
 import os
 import sys
+from types import ModuleType, SimpleNamespace
 
 import polylora
 import pytest
 import torch
 from polylora import cli
 from polylora.bench import cases, linear, peers, report, timing
-from polylora.bench.problem import Problem, weight_sets
+from polylora.bench.problem import Problem, sets_that_fit, weight_sets
 from polylora.bench.timing import Timing
 
 CASES = [cases.Case.parse(text) for text in ("64->48+16 r8 M5 a3", "80->19 r3 M64 a2", "64->32+8+24 r16 M300 a3")]
+EMBEDDINGS = [
+    cases.Case.parse(text)
+    for text in ("vocab:50->19 r3 M5 a2", "vocab:33->24.token_major r8 M64 a5", "vocab:40->16 r4 M300 a3")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +41,11 @@ class MadeUpTimer:
     device = torch.device("cpu")
     l2_bytes = 3000
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, free=10**9):
+        self.count, self.free = 0, free
+
+    def free_bytes(self):
+        return self.free
 
     def scope(self):
         return contextlib.nullcontext()
@@ -144,6 +152,110 @@ def test_a_peer_that_raises_is_left_out_and_named():
     assert failures == []
     assert {r["status"] for r in of_kind(records, "linear", "boom")} == {"error"}
     assert "boom left out" in tables and "out of shared memory" in tables and "Required" not in tables
+
+
+def test_embeddings_stand_in_the_same_table_and_in_no_chain():
+    chosen = [CASES[0], *EMBEDDINGS]
+    failures, records, tables, _ = run([peers.Polylora()], cases=chosen, chain=True, idle=True)
+    assert failures == []
+    found = of_kind(records, "linear")
+    assert [r["case"] for r in found] == [case.name for case in chosen] and {r["status"] for r in found} == {"ok"}
+    assert [r["op"] for r in found] == ["linear", *["embedding"] * 3]
+    assert [(r.get("vocab"), r.get("layout")) for r in found[1:]] == [(50, "rank"), (33, "token"), (40, "rank")]
+    assert "vocab" not in found[0] and all(r["regime"] == "embedding" and r["k"] == 0 for r in found[1:])
+    assert [r["case"] for r in of_kind(records, "chain")] == [CASES[0].name], "an embedding follows no GEMM"
+    assert len(of_kind(records, "idle")) == len(chosen)
+    assert list(report.ratios(records)["embedding"]["polylora"]) == [case.name for case in EMBEDDINGS]
+    assert any(line.startswith("| embedding") for line in tables.splitlines())
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS, ids=lambda case: case.name)
+def test_an_embedding_of_other_tokens_is_found(case):
+    class Shifted(peers.Polylora):
+        def _embedding(self, problem):
+            right, problem.tokens = problem.tokens, [ids.roll(1) for ids in problem.tokens]
+            calls = super()._embedding(problem)
+            problem.tokens = right
+            return calls
+
+    failures, _, _, _ = run([Shifted()], cases=[case])
+    assert len(failures) == 1 and "must be at most 0.02" in failures[0]
+
+
+def add_rows(v, b, slots, y, scales=None):
+    """y += scale * v B^T, every row with the B of its slot."""
+    delta = torch.einsum("mr,mnr->mn", v.float(), b[slots].float())
+    y += (delta if scales is None else delta * torch.tensor(scales)[slots, None]).to(y.dtype)
+
+
+def fake_sglang(modules):
+    """What the embedding's calls use of ``sglang_lora_ops``, in plain torch; layouts as its kernels want them."""
+
+    def batch(lengths, adapters, ranks, scales, device, **options):
+        slots = torch.tensor(adapters).repeat_interleave(torch.tensor(lengths))
+        return SimpleNamespace(slots=slots, scales=scales, **options)
+
+    def look_up(ids, a, slots, vocab):
+        assert a.is_contiguous() and a.size(2) == vocab and ids.is_contiguous()
+        return a[slots, :, ids]
+
+    def by_requests(ids, a, info, vocab):
+        assert info.phase == "prefill", "the kernel knows no permutation"
+        return look_up(ids, a, info.slots, vocab)
+
+    class V2Dense:
+        def __init__(self, slots, device):
+            pass
+
+        def begin(self, lengths, adapters, ranks, scales, phase, graph_mode):
+            info = batch(lengths, adapters, ranks, scales, None)
+
+            def run_b(bridge, b, y, offsets, plan):
+                assert plan == ("embedding", y.size(0)) and offsets == (0, y.size(1))
+                add_rows(bridge[0], b, info.slots, y, scales)
+
+            self.runner = SimpleNamespace(token_slots=info.slots, lora_ranks=torch.tensor(ranks), run_b=run_b)
+
+        def plan(self, a, b, offsets, rows, kind):
+            return kind, rows
+
+    def tokens(ids, a, slots, ranks, vocab):
+        assert ranks.tolist() == [a.size(1)] * a.size(0)
+        return look_up(ids, a, slots, vocab)
+
+    modules["api"].__dict__.update(
+        build_csgmv_batch=batch,
+        build_triton_batch=batch,
+        make_offsets=lambda starts, device: (torch.tensor(starts),) * 2,
+        csgmv_embedding_a=lambda ids, a, info, vocab: look_up(ids, a, info.slots, vocab),
+        csgmv_expand=lambda v, b, info, on_device, on_host, base_output: add_rows(
+            v, b, info.slots, base_output, info.scales
+        ),
+        tri_embedding_a=by_requests,
+        V2Dense=V2Dense,
+    )
+    modules["sgemm_lora_b"].sgemm_lora_b_fwd = lambda v, b, info, y: add_rows(v, b, info.slots, y, info.scales)
+    modules["embedding_lora_a"].embedding_lora_a_tokens_fwd = tokens
+    modules["dense_v2.runner"].Bridge = lambda v: (v,)
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS, ids=lambda case: case.name)
+def test_peers_get_an_embedding_in_their_own_layout(case, monkeypatch):
+    modules = {name: ModuleType(f"sglang_lora_ops.{name}") for name in ("api", "sgemm_lora_b", "embedding_lora_a")}
+    modules |= {name: ModuleType(f"sglang_lora_ops.{name}") for name in ("dense_v2", "dense_v2.runner")}
+    for name, module in {"": ModuleType("sglang_lora_ops"), **modules}.items():
+        monkeypatch.setitem(sys.modules, "sglang_lora_ops" + (name and f".{name}"), module)
+    fake_sglang(modules)
+    vllm = SimpleNamespace(
+        make_meta=lambda slots, count, device: slots.long(),
+        clear_ptr_caches=lambda: None,
+        expand=lambda v, b, y, slots: add_rows(v[0], b[0], slots, y),
+    )
+    implementations = [peers.Vllm(vllm), *(peers.PEERS[name](modules["api"]) for name in ("csgmv", "triton", "v2"))]
+    _, records, tables, _ = run([peers.Polylora(), *implementations], cases=[case])
+    assert {r["implementation"]: r["status"] for r in of_kind(records, "linear")} == dict.fromkeys(
+        ("polylora", *peers.PEERS), "ok"
+    ), tables
 
 
 @pytest.mark.parametrize("how", ["no call", "half the delta", "NaN", "wrong slot"])
@@ -266,8 +378,31 @@ def test_weights_are_cold_and_aligned_and_differ_from_set_to_set():
         assert len({t.data_ptr() for t in tensors}) == 3
         assert all((t.data_ptr() - tensors[0].data_ptr()) % 256 == 0 and t.is_contiguous() for t in tensors)
         assert not torch.equal(tensors[0], tensors[1])
+    ids = Problem(EMBEDDINGS[0], torch.device("cpu"), torch.bfloat16, 3).tokens
+    assert all((t.data_ptr() - ids[0].data_ptr()) % 256 == 0 and t.is_contiguous() for t in ids)
+    assert not torch.equal(ids[0], ids[1])
     again = Problem(case, torch.device("cpu"), torch.bfloat16, 3)
     assert torch.equal(again.a[2], problem.a[2]) and torch.equal(again.x, problem.x)
+
+
+def test_every_case_has_cold_weights_on_an_h100_and_none_outgrows_the_memory():
+    l2, memory = 50 * 2**20, 78 * 10**9
+    for case in cases.PRESETS["full"]():
+        assert 2 <= weight_sets(case, l2) <= sets_that_fit(case, memory), case.name
+    head = cases.Case.parse("qwen35moe.lm_head r16 M64 a64")  # 0.5 GB a set
+    for free in (10**6, 10**9, 4 * 10**9, memory):
+        assert sets_that_fit(head, free) == 1 or sets_that_fit(head, free) * head.set_bytes <= free / 2
+    assert sets_that_fit(head, 0) == 1
+
+
+def test_where_memory_ends_the_sets_are_fewer_and_the_record_says_so():
+    case = cases.Case.parse("64->48+16 r8 M5 a3")
+    failures, records, tables, _ = run([peers.Polylora()], MadeUpTimer(free=3 * case.set_bytes), cases=[case])
+    (found,) = of_kind(records, "linear")
+    assert failures == [] and (found["sets"], found["cold"], found["status"]) == (1, False, "ok")
+    assert f"weights warm: {case.name}: memory for 1 of the 2 sets" in tables
+    _, records, tables, _ = run([peers.Polylora()], cases=[case])
+    assert of_kind(records, "linear")[0]["cold"] and "weights warm" not in tables
 
 
 def test_peers_that_cannot_be_imported_are_named(tmp_path, monkeypatch):

@@ -62,6 +62,9 @@ class MadeUpGpu:
             get_device_properties=lambda device: SimpleNamespace(L2_cache_size=123),
             stream=lambda stream: contextlib.nullcontext(),
             synchronize=lambda device=None: None,
+            mem_get_info=lambda device: (1000, 9999),
+            memory_reserved=lambda device: 300,
+            memory_allocated=lambda device: 200,
         )
 
     def call(self, us, seen=None):
@@ -158,3 +161,7 @@ def test_host_time_is_a_call_s(gpu):
     of = timing.CudaTimer().host(call)
     assert count == timing.HOST_CALLS * (WARM_REPLAYS + REPLAYS) and 0 < of.us < 1000
     assert timing.CudaTimer().l2_bytes == 123
+
+
+def test_what_torch_keeps_for_itself_counts_as_free(gpu):
+    assert timing.CudaTimer().free_bytes() == 1100

@@ -2,12 +2,11 @@
 
 #include <algorithm>
 
+#include "rotation.h"
 #include "timing.h"
 
 namespace polylora::bench {
 namespace {
-
-constexpr int kColdL2s = 3;  // bytes to go through before a line is met again, in sizes of the L2
 
 __global__ void empty_kernel() {}
 

@@ -78,11 +78,19 @@ struct Case {
   }
 };
 
-/// Three regimes, reported apart.
-enum class Regime { kSmall, kDecode, kPrefill };
-inline constexpr const char* kRegimeNames[] = {"M <= 32", "M 33-256", "prefill"};
+/// An output head: as wide as a vocabulary, few rows. The name decides, as in python/polylora/bench/cases.py.
+inline bool is_lm_head(const Case& c) {
+  constexpr const char kEnd[] = ".lm_head";
+  constexpr size_t kLength = sizeof(kEnd) - 1;
+  return c.module.size() > kLength && c.module.compare(c.module.size() - kLength, kLength, kEnd) == 0;
+}
+
+/// Regimes, reported apart.
+enum class Regime { kSmall, kDecode, kPrefill, kLmHead };
+inline constexpr const char* kRegimeNames[] = {"M <= 32", "M 64-256", "prefill", "lm_head"};
 
 inline Regime regime_of(const Case& c) {
+  if (is_lm_head(c)) return Regime::kLmHead;
   if (c.rows <= 32) return Regime::kSmall;
   return c.rows <= kDecodeRows ? Regime::kDecode : Regime::kPrefill;
 }
@@ -108,6 +116,19 @@ inline double weight_bytes(const Case& c, Op op) {
     }
   }
   return static_cast<double>(bytes);
+}
+
+/// Bytes of one weight set of `op`: all that lies in memory, an embedding's whole A among it.
+inline int64_t weight_set_bytes(const Case& c, Op op) {
+  const auto slices = static_cast<int64_t>(c.widths.size());
+  int64_t elements = 0;
+  for (int32_t g = 0; g < c.adapters; ++g) {
+    const int64_t rank = c.rank_of(g);
+    if (op == Op::kLinear || op == Op::kShrink) elements += slices * rank * c.k;
+    if (op == Op::kEmbedding) elements += slices * rank * c.vocab;
+    if (op != Op::kShrink) elements += c.width() * rank;
+  }
+  return elements * kElementBytes;
 }
 
 inline Traffic traffic_of(const Case& c, Op op) {
@@ -253,8 +274,8 @@ inline Case parse_case(const std::string& text, Op op) {
   if (c.slots < c.adapters) throw UsageError("case '" + text + "' has fewer slots than adapters");
   if (!ordered) c.order = c.rows <= kDecodeRows ? RowOrder::kInterleaved : RowOrder::kSegments;
   if (c.module.empty()) {
-    c.module = std::to_string(op == Op::kEmbedding ? c.vocab : c.k) + "->" + n;
-    if (c.token_major) c.module += " token-major";
+    c.module = (op == Op::kEmbedding ? "vocab:" + std::to_string(c.vocab) : std::to_string(c.k)) + "->" + n;
+    if (c.token_major) c.module += ".token_major";
   }
   return c;
 }
@@ -292,13 +313,13 @@ inline const std::vector<Module>& issue_modules() {
   return modules;
 }
 
-/// nemotron.in_proj: mamba_heads 128 of 64, 8 groups, state 128: gate, x, B, C, dt.
+/// nemotron3.in_proj: mamba_heads 128 of 64, 8 groups, state 128: gate, x, B, C, dt.
 inline const std::vector<Module>& further_modules() {
   static const std::vector<Module> modules = {{"llama8b.o", 4096, {4096}},
                                               {"llama8b.gate_up", 4096, {14336, 14336}},
                                               {"qwen35moe.ba", 2048, {32, 32}},
                                               {"deepseek.qkv_a", 7168, {1536, 576}},
-                                              {"nemotron.in_proj", 4096, {8192, 8192, 1024, 1024, 128}}};
+                                              {"nemotron3.in_proj", 4096, {8192, 8192, 1024, 1024, 128}}};
   return modules;
 }
 
@@ -325,6 +346,7 @@ inline std::vector<Case> linear_cases(const std::string& preset) {
     append(cases, {issue_modules()[0]}, {{16}, {64}}, {{1, 1}, {16, 16}, {64, 32}, {2048, 4}});
   } else if (preset == "issue") {
     append(cases, issue_modules(), {{16}, {64}}, issue);
+    append(cases, lm_head_modules(), {{16}}, few_rows);
   } else if (preset == "chain") {
     append(cases, issue_modules(), {{16}, {64}}, few_rows);
   } else if (preset == "full") {

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "rotation.h"
 #include "stats.h"
 
 namespace polylora::bench {
 namespace {
 
-constexpr int64_t kColdL2s = 3;
 constexpr int64_t kMinCalls = 20;
 constexpr int64_t kAlign = 256;
 constexpr uint64_t kSeedW = 101;

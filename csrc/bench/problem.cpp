@@ -7,18 +7,14 @@
 
 #include "hash.h"
 #include "polylora/cuda.h"
+#include "rotation.h"
 
 namespace polylora::bench {
 namespace {
 
 constexpr int64_t kAlign = 256;
-constexpr int64_t kColdL2s = 3;
-constexpr double kMemoryShare = 0.75;  // of what is free
-constexpr int64_t kMaxSets = 8192;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Seeds of what is filled.
 enum Seed : uint64_t { kSeedA = 11, kSeedB, kSeedX, kSeedY, kSeedV, kSeedTokens };
@@ -73,20 +69,16 @@ void Problem::allocate(const Device& device) {
   y_bytes_ = op_ == Op::kShrink ? 0 : aligned(case_.rows * case_.width() * kElementBytes);
   v_bytes_ = v_given() ? aligned(case_.rows * v_width_ * int64_t{sizeof(float)}) : 0;
 
-  // x and y stay where they are while they fit the L2, as between layers; larger ones come from HBM, as the floor says
-  const int64_t cold_bytes = kColdL2s * device.l2_bytes;
-  const bool hot = traffic.footprint <= kHotBytes || options_.activations_hot;
-  const int64_t copy_bytes = x_bytes_ + y_bytes_ + v_bytes_;
-  copies_ = hot ? 1 : std::max<int64_t>(1, divide_up(cold_bytes, copy_bytes));
-
-  // bytes that pass through the L2 before a set's turn comes again; activations from HBM push weights out as well
-  const auto needed = static_cast<int64_t>(traffic.weights);
-  const int64_t passing = needed + (hot ? 0 : copy_bytes);
-  const int64_t wanted = needed == 0 ? 1 : std::max({int64_t{2}, copies_, divide_up(cold_bytes, passing)});
-  const int64_t set_bytes = a_set_bytes_ + b_set_bytes_ + table_bytes_ + ids_bytes_;
-  const auto room = static_cast<int64_t>(kMemoryShare * static_cast<double>(free_bytes())) - copies_ * copy_bytes;
-  sets_ = std::max<int64_t>(1, std::min({wanted, kMaxSets, room / set_bytes}));
-  cold_ = sets_ == wanted;
+  RotationNeeds needs;
+  needs.needed = traffic.weights;
+  needs.set_bytes = a_set_bytes_ + b_set_bytes_ + table_bytes_ + ids_bytes_;
+  needs.copy_bytes = x_bytes_ + y_bytes_ + v_bytes_;
+  // larger ones come from HBM, as the floor says
+  needs.hot = traffic.footprint <= kHotBytes || options_.activations_hot;
+  const Rotation rotation = rotate(needs, device.l2_bytes, free_bytes());
+  sets_ = rotation.sets;
+  copies_ = rotation.copies;
+  cold_ = rotation.cold;
 
   a_ = DeviceBuffer(sets_ * a_set_bytes_, "A");
   b_ = DeviceBuffer(sets_ * b_set_bytes_, "B");

@@ -139,7 +139,7 @@ void Report::add(const Row& row) {
   if (options_.chain) line += format("%9.2f ", row.base_us);
   line += format("%9.2f %9.2f %9.2f", row.timing.median, row.timing.min, row.timing.max);
   line += format(" %9.2f %6.2f %11.2f %6.2f %9.1e", floor, ratio, floor_h100, ratio_h100, row.error);
-  print(line + (row.cold ? "" : "  (weights warm: not enough memory)"));
+  print(line + (row.cold ? "" : "  (weights warm)"));
 }
 
 void Report::add_not_served(const Case& c, const std::string& path) const {
@@ -148,6 +148,16 @@ void Report::add_not_served(const Case& c, const std::string& path) const {
           format(", \"path\": %s}", quoted(path).c_str()));
   } else {
     print(format("%-*s  %-*s  not served", name_width_, c.name().c_str(), path_width_, path.c_str()));
+  }
+}
+
+void Report::add_too_large(const Case& c, const std::string& path) const {
+  if (options_.json) {
+    print(format("{\"kind\": \"too_large\", \"device\": %s, ", quoted(device_.name).c_str()) + case_json(c, options_) +
+          format(", \"path\": %s}", quoted(path).c_str()));
+  } else {
+    print(format("%-*s  %-*s  left out: it does not fit the device's memory", name_width_, c.name().c_str(),
+                 path_width_, path.c_str()));
   }
 }
 
@@ -170,7 +180,7 @@ void Report::end() const {
     std::string line = format("  %-*s", path_width_, path.c_str());
     std::string json = format("{\"kind\": \"summary\", \"device\": %s, \"op\": \"%s\", \"path\": %s",
                               quoted(device_.name).c_str(), op_name(options_.op), quoted(path).c_str());
-    for (const Regime regime : {Regime::kSmall, Regime::kDecode, Regime::kPrefill}) {
+    for (const Regime regime : {Regime::kSmall, Regime::kDecode, Regime::kPrefill, Regime::kLmHead}) {
       std::vector<double> ratios;
       std::vector<double> ratios_h100;
       for (const Measured& m : measured_) {

@@ -19,7 +19,7 @@ struct Row {
   Timing timing;       // chain: of what the op adds
   double base_us = 0;  // chain only
   double error = 0;
-  bool cold = true;  // false: not enough memory to keep the weights cold
+  bool cold = true;  // false: too few weight sets to keep them cold
 };
 
 class Report {
@@ -33,6 +33,7 @@ class Report {
   void begin(const std::vector<Case>& cases, const std::vector<std::string>& paths);
   void add(const Row& row);
   void add_not_served(const Case& c, const std::string& path) const;
+  void add_too_large(const Case& c, const std::string& path) const;
   void add_failure(const Case& c, const std::string& path, const std::string& why) const;
   void end() const;
 

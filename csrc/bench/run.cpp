@@ -93,6 +93,10 @@ class Runner {
       body();
     } catch (const CudaError& error) {
       if (error.code == cudaErrorNotSupported) return report_.add_not_served(c, path);
+      if (error.code == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return report_.add_too_large(c, path);
+      }
       all_right_ = false;
       const bool forced = path != "auto" && error.code == cudaErrorInvalidValue;
       report_.add_failure(c, path, std::string(error.what()) + (forced ? "; is there such a path?" : ""));

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "floor.h"
 #include "options.h"
+#include "rotation.h"
 #include "stats.h"
 
 namespace polylora::bench {
@@ -40,6 +41,30 @@ struct Documented {
   double floor;
 };
 
+void check_floors(const std::vector<Case>& cases, Op op, const std::vector<Documented>& rows) {
+  CHECK(cases.size() == rows.size(), "%zu cases, %zu documented", cases.size(), rows.size());
+  const DeviceLimits h100 = h100_limits();
+  for (size_t i = 0; i < std::min(rows.size(), cases.size()); ++i) {
+    const Traffic traffic = traffic_of(cases[i], op);
+    const double floor = floor_us(h100, traffic);
+    CHECK(cases[i].name() == rows[i].name, "%s, documented %s", cases[i].name().c_str(), rows[i].name);
+    CHECK(std::fabs(traffic.weights / 1e6 - rows[i].weights) < 0.006, "%s: %g MB of weights, documented %g",
+          rows[i].name, traffic.weights / 1e6, rows[i].weights);
+    CHECK(std::fabs(traffic.moved / 1e6 - rows[i].activations) < 0.006, "%s: %g MB of x and y, documented %g",
+          rows[i].name, traffic.moved / 1e6, rows[i].activations);
+    CHECK(std::fabs(floor - rows[i].floor) < 0.1, "%s: floor %g, documented %g", rows[i].name, floor, rows[i].floor);
+  }
+}
+
+/// A preset's cases with lm_heads alone, or without.
+std::vector<Case> heads_of(const std::string& preset, bool heads) {
+  std::vector<Case> kept;
+  for (const Case& c : preset_cases(preset, Op::kLinear)) {
+    if ((regime_of(c) == Regime::kLmHead) == heads) kept.push_back(c);
+  }
+  return kept;
+}
+
 void test_documented_floors() {
   const std::vector<Documented> rows = {
       {"llama8b.qkv r16 M1 a1", 0.59, 0.03, 1.6},           {"llama8b.qkv r16 M16 a16", 9.44, 0.52, 4.6},
@@ -61,19 +86,81 @@ void test_documented_floors() {
       {"qwen35moe.qkvz r64 M64 a32", 83.89, 3.41, 29.2},    {"qwen35moe.qkvz r64 M256 a32", 83.89, 13.63, 30.7},
       {"qwen35moe.qkvz r64 M2048 a4", 10.49, 109.05, 42.9}, {"qwen35moe.qkvz r64 M8192 a4", 10.49, 436.21, 157.7},
   };
-  const std::vector<Case> cases = preset_cases("issue", Op::kLinear);
-  CHECK(cases.size() == rows.size(), "%zu cases, %zu documented", cases.size(), rows.size());
-  const DeviceLimits h100 = h100_limits();
-  for (size_t i = 0; i < std::min(rows.size(), cases.size()); ++i) {
-    const Traffic traffic = traffic_of(cases[i], Op::kLinear);
-    const double floor = floor_us(h100, traffic);
-    CHECK(cases[i].name() == rows[i].name, "%s, documented %s", cases[i].name().c_str(), rows[i].name);
-    CHECK(std::fabs(traffic.weights / 1e6 - rows[i].weights) < 0.006, "%s: %g MB of weights, documented %g",
-          rows[i].name, traffic.weights / 1e6, rows[i].weights);
-    CHECK(std::fabs(traffic.moved / 1e6 - rows[i].activations) < 0.006, "%s: %g MB of x and y, documented %g",
-          rows[i].name, traffic.moved / 1e6, rows[i].activations);
-    CHECK(std::fabs(floor - rows[i].floor) < 0.1, "%s: floor %g, documented %g", rows[i].name, floor, rows[i].floor);
+  check_floors(heads_of("issue", false), Op::kLinear, rows);
+}
+
+// tests/test_bench_cases.py holds the Python benchmark to the same rows.
+void test_floors_of_vocabularies() {
+  check_floors(heads_of("issue", true), Op::kLinear,
+               {{"llama8b.lm_head r16 M1 a1", 4.24, 0.52, 2.94},
+                {"llama8b.lm_head r16 M16 a16", 67.76, 8.34, 24.79},
+                {"llama8b.lm_head r16 M64 a32", 135.53, 33.36, 50.05},
+                {"qwen35moe.lm_head r16 M1 a1", 8.01, 1.00, 4.20},
+                {"qwen35moe.lm_head r16 M16 a16", 128.19, 15.96, 45.05},
+                {"qwen35moe.lm_head r16 M64 a32", 256.38, 63.83, 106.57}});
+  check_floors(preset_cases("quick", Op::kEmbedding), Op::kEmbedding,
+               {{"llama8b.embed r16 M1 a1", 0.13, 0.02, 1.34},
+                {"llama8b.embed r16 M64 a32", 4.23, 1.05, 3.02},
+                {"llama8b.embed r16 M2048 a4", 1.57, 33.55, 7.12},
+                {"qwen35moe.embed r16 M1 a1", 0.07, 0.01, 1.34},
+                {"qwen35moe.embed r16 M64 a32", 2.13, 0.52, 2.25},
+                {"qwen35moe.embed r16 M2048 a4", 1.31, 16.78, 4.44}});
+}
+
+void test_lm_heads_stay_out_of_the_means_of_layers() {
+  int64_t count[4] = {};
+  for (const Case& c : preset_cases("issue", Op::kLinear)) ++count[static_cast<int>(regime_of(c))];
+  for (const Regime regime : {Regime::kSmall, Regime::kDecode, Regime::kPrefill}) {
+    const int i = static_cast<int>(regime);
+    CHECK(count[i] == 12, "%s: %lld", kRegimeNames[i], static_cast<long long>(count[i]));
   }
+  CHECK(count[static_cast<int>(Regime::kLmHead)] == 6, "lm_head: %lld",
+        static_cast<long long>(count[static_cast<int>(Regime::kLmHead)]));
+  Case c = parse_case("k=8,n=8,r=8,m=1,name=lm_head", Op::kLinear);
+  CHECK(regime_of(c) == Regime::kSmall, "a name is model.module: %s", kRegimeNames[static_cast<int>(regime_of(c))]);
+  c = parse_case("k=8,n=8,r=8,m=1,name=my.lm_head", Op::kLinear);
+  CHECK(regime_of(c) == Regime::kLmHead, "%s", kRegimeNames[static_cast<int>(regime_of(c))]);
+}
+
+RotationNeeds needs_of(const Case& c, Op op) {
+  const Traffic traffic = traffic_of(c, op);
+  return {traffic.weights, weight_set_bytes(c, op), static_cast<int64_t>(traffic.footprint),
+          traffic.footprint <= kHotBytes};
+}
+
+constexpr int64_t kL2 = 50 << 20;
+constexpr int64_t kH100Bytes = 79000000000;
+
+void test_every_case_is_cold_on_an_h100() {
+  for (const Op op : {Op::kLinear, Op::kEmbedding}) {
+    for (const Case& c : preset_cases("full", op)) {
+      const RotationNeeds needs = needs_of(c, op);
+      const Rotation rotation = rotate(needs, kL2, kH100Bytes);
+      CHECK(rotation.cold && rotation.sets >= 2, "%s %s: %lld sets", op_name(op), c.name().c_str(),
+            static_cast<long long>(rotation.sets));
+      const double passing = needs.needed + (needs.hot ? 0 : static_cast<double>(needs.copy_bytes));
+      CHECK(static_cast<double>(rotation.sets) * passing >= static_cast<double>(kColdL2s * kL2), "%s %s: %lld sets",
+            op_name(op), c.name().c_str(), static_cast<long long>(rotation.sets));
+    }
+  }
+}
+
+void test_rotation_never_outgrows_the_memory() {
+  // 64 adapters of 0.5 GB in all, a set
+  const Case head = parse_case("name=qwen35moe.lm_head,k=2048,n=248320,r=16,m=64,a=64", Op::kLinear);
+  const Case embedding = parse_case("vocab=248320,n=2048,r=64,m=64,a=32", Op::kEmbedding);
+  CHECK(rotate(needs_of(head, Op::kLinear), kL2, kH100Bytes).cold, "0.5 GB a set");
+  for (const RotationNeeds& needs : {needs_of(head, Op::kLinear), needs_of(embedding, Op::kEmbedding)}) {
+    for (int64_t available = kH100Bytes; available > 1 << 20; available /= 2) {
+      const Rotation rotation = rotate(needs, kL2, available);
+      const double used = static_cast<double>(rotation.sets * needs.set_bytes + rotation.copies * needs.copy_bytes);
+      CHECK(rotation.sets == 1 || used <= kMemoryShare * static_cast<double>(available), "%g of %g bytes", used,
+            static_cast<double>(available));
+      CHECK(rotation.sets >= 1, "%lld sets", static_cast<long long>(rotation.sets));
+    }
+    CHECK(!rotate(needs, kL2, 2 * needs.set_bytes).cold, "one set only, and it says so");
+  }
+  CHECK(rotate({}, kL2, 0).sets == 1, "an idle case reads no weights");
 }
 
 void test_floor_of_other_ops() {
@@ -128,7 +215,9 @@ void test_cases() {
   CHECK((parse_ranks("8-64") == std::vector<int32_t>{8, 16, 32, 64}), "doubling");
   CHECK((parse_ranks("3-16") == std::vector<int32_t>{3, 6, 12, 16}), "the end is always there");
   CHECK(parse_case("m=300,slots=40", Op::kPlan).name() == "plan M300 a4 slots40", "plan");
-  CHECK(parse_case("vocab=100,n=8,r=8,m=9,layout=token", Op::kEmbedding).token_major, "layout");
+  const Case embedding = parse_case("vocab=100,n=8,r=8,m=9,layout=token", Op::kEmbedding);
+  CHECK(embedding.token_major && embedding.name() == "vocab:100->8.token_major r8 M9 a9", "%s",
+        embedding.name().c_str());
 
   for (const char* text : {"",
                            "k=8",
@@ -229,6 +318,10 @@ int main() {
   using namespace polylora::bench;
   test_interpolation();
   test_documented_floors();
+  test_floors_of_vocabularies();
+  test_lm_heads_stay_out_of_the_means_of_layers();
+  test_every_case_is_cold_on_an_h100();
+  test_rotation_never_outgrows_the_memory();
   test_floor_of_other_ops();
   test_rows();
   test_cases();

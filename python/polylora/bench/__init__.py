@@ -10,5 +10,5 @@
 ``report``      tables, means by regime, JSON lines, the plot
 ==============  =======================================================================================================
 
-Method and options: docs/bench-python.md.
+Method and options: docs/benchmarks.md.
 """

@@ -2,7 +2,8 @@
 
 A case is written ``llama8b.qkv r16 M16 a16``: module, rank of all adapters, rows, distinct adapters. Decode (up to 256
 rows): row i has adapter i mod a. Prefill: a equal segments. Instead of a module's name its shape will do:
-``4096->4096+1024+1024 r16 M16``.
+``4096->4096+1024+1024 r16 M16``, for an embedding ``vocab:128256->4096 r16 M16``. Names mean the same shapes as in the
+C++ benchmarks (``csrc/bench/cases.h``).
 """
 
 from __future__ import annotations
@@ -15,20 +16,45 @@ from polylora.bench.floor import floor_us
 
 #: Rows up to which a batch counts as decode.
 DECODE_ROWS = 256
-#: Regimes by rows, in which means are taken: name and the largest number of rows (None: any).
-REGIMES = (("M <= 32", 32), ("M 64-256", DECODE_ROWS), ("prefill", None))
+#: Rows up to which a decode batch counts as small.
+SMALL_ROWS = 32
+#: What means are taken over: layers by rows, and what is as large as a vocabulary apart from them.
+REGIMES = ("M <= 32", "M 64-256", "prefill", "lm_head", "embedding")
 MAX_RANK, MAX_SLICES = 256, 8
 #: Bytes of an element of weights, x and y: 16-bit types.
 ELEMENT = 2
+#: Bytes that memory moves at least, whatever is asked of it.
+SECTOR = 32
 
 
 @dataclass(frozen=True)
 class Module:
-    """A linear layer with its fused slices: ``k`` inputs, ``widths`` outputs of each slice."""
+    """A linear layer with its fused slices, or an embedding.
+
+    Attributes:
+        name: of the model and the module, or the shape.
+        k: inputs; 0 of an embedding.
+        widths: outputs of each slice; an embedding has one.
+        vocab: above 0: an embedding, A is looked up by token id.
+        token_major: A of the embedding is ``[vocab, rank]`` instead of ``[rank, vocab]``.
+    """
 
     name: str
     k: int
     widths: tuple[int, ...]
+    vocab: int = 0
+    token_major: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Module:
+        """A module from its name or shape. Raises ValueError with what was expected."""
+        if text in MODULES:
+            return MODULES[text]
+        if shape := re.fullmatch(r"(\d+)->(\d+(?:\+\d+)*)", text):
+            return cls(text, int(shape[1]), tuple(map(int, shape[2].split("+"))))
+        if shape := re.fullmatch(r"vocab:(\d+)->(\d+)(\.token_major)?", text):
+            return cls(text, 0, (int(shape[2]),), int(shape[1]), bool(shape[3]))
+        raise ValueError(f"a module must be K->N+N, vocab:V->N or one of {', '.join(MODULES)}, got {text!r}")
 
     @property
     def width(self) -> int:
@@ -36,7 +62,12 @@ class Module:
 
     @property
     def shape(self) -> str:
-        return f"{self.k}->{'+'.join(map(str, self.widths))}"
+        inputs = f"vocab:{self.vocab}" if self.is_embedding else str(self.k)
+        return f"{inputs}->{'+'.join(map(str, self.widths))}{'.token_major' if self.token_major else ''}"
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.vocab > 0
 
     @property
     def is_lm_head(self) -> bool:
@@ -63,6 +94,10 @@ MODULES = {
         Module("nemotron3.in_proj", 4096, _mamba_in_proj()),
         Module("llama8b.lm_head", 4096, (128256,)),
         Module("qwen35moe.lm_head", 2048, (248320,)),
+        Module("llama8b.embed", 0, (4096,), 128256),
+        Module("qwen35moe.embed", 0, (2048,), 248320),
+        Module("llama8b.embed.token_major", 0, (4096,), 128256, True),
+        Module("qwen35moe.embed.token_major", 0, (2048,), 248320, True),
     )
 }
 
@@ -82,13 +117,15 @@ class Case:
     adapters: int
 
     def __post_init__(self) -> None:
+        module = self.module
+        inputs = ("vocabulary", module.vocab) if module.is_embedding else ("inputs", module.k)
         for what, value, top in (
             ("rank", self.rank, MAX_RANK),
             ("rows", self.rows, 2**27),
             ("adapters", self.adapters, self.rows),
-            ("slices", len(self.module.widths), MAX_SLICES),
-            ("inputs", self.module.k, 2**31 - 1),
-            ("narrowest slice", min(self.module.widths, default=0), 2**23),
+            ("slices", len(module.widths), 1 if module.is_embedding else MAX_SLICES),
+            (*inputs, 2**31 - 1),
+            ("narrowest slice", min(module.widths, default=0), 2**23),
         ):
             if not 1 <= value <= top:
                 raise ValueError(f"case {self.name}: {what} must be in [1, {top}], got {value}")
@@ -100,13 +137,7 @@ class Case:
         if match is None:
             raise ValueError(f"a case must look like 'llama8b.qkv r16 M16 a16' or '64->64+32 r8 M1', got {text!r}")
         name, rank, rows, adapters = match.groups()
-        module = MODULES.get(name)
-        if module is None:
-            shape = re.fullmatch(r"(\d+)->(\d+(?:\+\d+)*)", name)
-            if shape is None:
-                raise ValueError(f"a module must be K->N+N or one of {', '.join(MODULES)}, got {name!r}")
-            module = Module(name, int(shape[1]), tuple(map(int, shape[2].split("+"))))
-        return cls(module, int(rank), int(rows), int(adapters) if adapters else usual_adapters(int(rows)))
+        return cls(Module.parse(name), int(rank), int(rows), int(adapters) if adapters else usual_adapters(int(rows)))
 
     @property
     def name(self) -> str:
@@ -118,22 +149,46 @@ class Case:
 
     @property
     def regime(self) -> str:
-        return next(name for name, most in REGIMES if most is None or self.rows <= most)
+        """The one of :data:`REGIMES` whose means the case counts in."""
+        if self.module.is_embedding:
+            return "embedding"
+        if self.module.is_lm_head:
+            return "lm_head"
+        return "M <= 32" if self.rows <= SMALL_ROWS else "M 64-256" if self.is_decode else "prefill"
 
     @property
     def weight_bytes(self) -> int:
-        """A and B of all adapters, once."""
-        a, b = len(self.module.widths) * self.module.k, self.module.width
-        return self.adapters * self.rank * (a + b) * ELEMENT
+        """What a call needs of all adapters, once: A and B.
+
+        Of an embedding's A, what memory moves for it: a sector an element, or the sectors of a row where A is
+        token-major.
+        """
+        module = self.module
+        b = self.adapters * self.rank * module.width * ELEMENT
+        if not module.is_embedding:
+            return b + self.adapters * self.rank * len(module.widths) * module.k * ELEMENT
+        sectors = -(-self.rank * ELEMENT // SECTOR) if module.token_major else self.rank
+        return b + self.rows * sectors * SECTOR
+
+    @property
+    def set_bytes(self) -> int:
+        """A and B of all adapters as they lie in memory: an embedding's A whole."""
+        module = self.module
+        return self.adapters * self.rank * (len(module.widths) * (module.k + module.vocab) + module.width) * ELEMENT
 
     @property
     def xy_bytes(self) -> int:
-        """x once and y twice: it is read and written."""
+        """Moved: x once and y twice, as it is read and written."""
         return self.rows * (self.module.k + 2 * self.module.width) * ELEMENT
 
     @property
+    def footprint(self) -> int:
+        """Bytes that x and y take."""
+        return self.rows * (self.module.k + self.module.width) * ELEMENT
+
+    @property
     def floor_us(self) -> float:
-        return floor_us(self.weight_bytes, self.xy_bytes)
+        return floor_us(self.weight_bytes, self.xy_bytes, self.footprint)
 
     def segments(self) -> list[tuple[int, int]]:
         """(rows, adapter) of each request, in the rows' order: one row each in decode, equal parts in prefill."""
@@ -155,6 +210,13 @@ def _usual(*rows: int) -> list[tuple[int, int]]:
     return [(m, usual_adapters(m)) for m in rows]
 
 
+#: Rows of an lm_head: of decode, and the last ones of a few prompts. Rows of an embedding in the shorter presets.
+_HEAD_ROWS, _EMBEDDING_ROWS = (1, 16, 64), (1, 64, 2048)
+_HEADS = [name for name, module in MODULES.items() if module.is_lm_head]
+_EMBEDDINGS = [name for name, module in MODULES.items() if module.is_embedding]
+_LAYERS = [name for name in MODULES if name not in _HEADS + _EMBEDDINGS]
+
+
 def _quick() -> list[Case]:
     return [
         *_grid(["llama8b.qkv"], [16], _usual(1, 16, 64, 256, 2048, 8192)),
@@ -165,19 +227,25 @@ def _quick() -> list[Case]:
 
 def _issue() -> list[Case]:
     modules = ("llama8b.qkv", "llama8b.down", "qwen35moe.qkvz")
-    return _grid(modules, (16, 64), _usual(1, 16, 64, 256, 2048, 8192))
+    return [
+        *_grid(modules, (16, 64), _usual(1, 16, 64, 256, 2048, 8192)),
+        *_grid(_HEADS, [16], _usual(*_HEAD_ROWS)),
+        *_grid(("llama8b.embed", "qwen35moe.embed"), [16], _usual(*_EMBEDDING_ROWS)),
+    ]
 
 
 def _full() -> list[Case]:
     ranks = (8, 16, 32, 64, 128)
-    heads = [name for name, module in MODULES.items() if module.is_lm_head]
     decode = _usual(1, 4, 8, 16, 32, 64, 128, 256)
     prefill = [(1024, 8), *((2048, a) for a in (1, 4, 8)), (4096, 4), *((8192, a) for a in (1, 4, 8))]
-    layers = [name for name in MODULES if name not in heads]
-    return _grid(layers, ranks, decode + prefill) + _grid(heads, ranks, _usual(1, 16, 64))
+    return [
+        *_grid(_LAYERS, ranks, decode + prefill),
+        *_grid(_HEADS, ranks, _usual(*_HEAD_ROWS)),
+        *_grid(_EMBEDDINGS, ranks, _usual(1, 16, 64, 256, 2048, 8192)),
+    ]
 
 
-#: By name: a dozen cases; decode and prefill of three modules at two ranks; everything.
+#: By name: a dozen cases; decode and prefill of three modules at two ranks, lm_heads and embeddings; everything.
 PRESETS = {"quick": _quick, "issue": _issue, "full": _full}
 
 

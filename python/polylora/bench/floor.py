@@ -34,25 +34,31 @@ HOT_BYTES = 30e6
 
 
 def read_cold_us(nbytes: float) -> float:
-    """us to read ``nbytes`` from cold HBM in one kernel: the table, interpolated, and its ends continued."""
+    """us to read ``nbytes`` from cold HBM in one kernel: the table, interpolated.
+
+    Below its smallest size that size's time, as a load's latency does not shrink; above its largest at the last rate.
+    """
     mib = nbytes / 2**20
     if mib <= 0:
         return NODE_US
+    if mib <= READ_COLD_US[0][0]:
+        return READ_COLD_US[0][1]
     last_mib, last_us = READ_COLD_US[-1]
     if mib > last_mib:
         return last_us + (mib - last_mib) * 2**20 / READ_RATE
-    i = max(1, bisect_left(READ_COLD_US, (mib, 0.0)))
+    i = bisect_left(READ_COLD_US, (mib, 0.0))
     (m0, t0), (m1, t1) = READ_COLD_US[i - 1], READ_COLD_US[i]
     return t0 + (mib - m0) / (m1 - m0) * (t1 - t0)
 
 
-def floor_us(weight_bytes: float, xy_bytes: float) -> float:
+def floor_us(weight_bytes: float, xy_bytes: float, footprint: float) -> float:
     """The floor in us.
 
     Args:
-        weight_bytes: A and B of the adapters that occur, each once.
-        xy_bytes: x once and y twice.
+        weight_bytes: of the adapters that occur, each once.
+        xy_bytes: that move: x once and y twice.
+        footprint: bytes that x and y take.
     """
-    if xy_bytes <= HOT_BYTES:
+    if footprint <= HOT_BYTES:
         return read_cold_us(weight_bytes) + xy_bytes / HOT_RATE
     return STREAM_START_US + weight_bytes / READ_RATE + xy_bytes / UPDATE_RATE

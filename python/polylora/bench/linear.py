@@ -18,7 +18,7 @@ import torch
 import polylora
 from polylora.bench.cases import Case, Module
 from polylora.bench.peers import Call, Implementation
-from polylora.bench.problem import COLD, Problem, weight_sets
+from polylora.bench.problem import COLD, Problem, sets_that_fit, weight_sets
 from polylora.bench.report import OK, Record, Sink, Table, cell, number, write_means
 from polylora.bench.timing import Timing
 
@@ -34,6 +34,7 @@ class Timer(Protocol):
     device: torch.device
     l2_bytes: int
 
+    def free_bytes(self) -> int: ...
     def scope(self) -> contextlib.AbstractContextManager: ...
     def wake(self) -> None: ...
     def synchronize(self) -> None: ...
@@ -123,15 +124,17 @@ class _Run:
         options = self.options
         self.sink.record(describe_run(options.dtype) | options.notes)
         self.timer.wake()
-        passes = [("", self._alone_table, self._alone)]
-        if options.chain:
-            passes.append(("chain, ", self._chain_table, self._chain))
+        passes = [("", self._alone_table, self._alone, options.cases)]
+        if options.chain:  # an embedding follows no GEMM
+            linears = [case for case in options.cases if not case.module.is_embedding]
+            passes.append(("chain, ", self._chain_table, self._chain, linears))
         if options.idle and self.ours:
-            passes.append(("idle, ", self._idle_table, self._idle))
-        self.total, self.done, self.started = len(passes) * len(options.cases), 0, time.perf_counter()
-        for what, open_table, measure in passes:
+            passes.append(("idle, ", self._idle_table, self._idle, options.cases))
+        self.total, self.done = sum(len(cases) for *_, cases in passes), 0
+        self.started = time.perf_counter()
+        for what, open_table, measure, cases in passes:
             self.table = open_table()
-            for case in options.cases:
+            for case in cases:
                 self._tell(what + case.name)
                 try:
                     measure(case)
@@ -192,7 +195,10 @@ class _Run:
     # ----------------------------------------------------------------------------------------------------- measuring
 
     def _problem(self, case: Case) -> Problem:
-        return Problem(case, self.timer.device, self.options.dtype, weight_sets(case, self.timer.l2_bytes))
+        wanted, room = weight_sets(case, self.timer.l2_bytes), sets_that_fit(case, self.timer.free_bytes())
+        if room < wanted:
+            self._note("weights warm", f"{case.name}: memory for {room} of the {wanted} sets that keep weights cold")
+        return Problem(case, self.timer.device, self.options.dtype, min(wanted, room))
 
     def _measure(
         self,
@@ -207,6 +213,7 @@ class _Run:
             "kind": kind,
             "case": case.name,
             "regime": case.regime,
+            "op": "embedding" if case.module.is_embedding else "linear",
             "module": case.module.name,
             "k": case.module.k,
             "widths": list(case.module.widths),
@@ -219,7 +226,10 @@ class _Run:
             "implementation": implementation.name,
             "ours": implementation.ours,
             "sets": problem.sets,
+            "cold": problem.sets >= weight_sets(case, self.timer.l2_bytes),
         }
+        if case.module.is_embedding:
+            record |= {"vocab": case.module.vocab, "layout": "token" if case.module.token_major else "rank"}
         try:
             with implementation.scope():
                 calls = implementation.prepare(problem)

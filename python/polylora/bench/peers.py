@@ -10,8 +10,11 @@ each with a module ``api``:
 ``v2``      ``sglang_lora_ops``: its plan-driven backend (triton_v2)
 ==========  =========================================================================================================
 
-All read the same weights: polylora and SGLang in place, vLLM from tensors of its own. Grouping the rows (plan,
-metadata, routes) happens in ``prepare``, outside what is timed.
+An embedding is called as their layers do: A's values gathered (vLLM by torch, SGLang by a kernel for it), then expand.
+
+All read the same weights: polylora and SGLang in place, vLLM from tensors of its own, as does whoever wants an
+embedding's A the other way round. Grouping the rows (plan, metadata, routes) happens in ``prepare``, outside what is
+timed.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import polylora
 from polylora.bench.problem import Problem
@@ -64,7 +68,7 @@ class Implementation:
 
 
 class Polylora(Implementation):
-    """``torch.ops.polylora.linear_`` over tables of its own for each weight set.
+    """``torch.ops.polylora.linear_``, or ``embedding_``, over tables of its own for each weight set.
 
     Args:
         path: what ``POLYLORA_PATH`` forces; ``auto``: nothing, the op chooses.
@@ -80,6 +84,8 @@ class Polylora(Implementation):
     def prepare(self, problem: Problem) -> list[Call]:
         case = problem.case
         self.plan = polylora.Plan(case.rows, case.adapters, device=problem.device).fill(problem.slot_of_row)
+        if case.module.is_embedding:
+            return self._embedding(problem)
         linear_, plan, y, x = torch.ops.polylora.linear_, self.plan.tensor, problem.y, problem.x
         ranks = [case.rank] * case.adapters
 
@@ -89,6 +95,20 @@ class Polylora(Implementation):
             return lambda: linear_(y, x, *args)
 
         return [call(a, b) for a, b in zip(problem.a, problem.b, strict=True)]
+
+    def _embedding(self, problem: Problem) -> list[Call]:
+        embedding_, plan, y = torch.ops.polylora.embedding_, self.plan.tensor, problem.y
+        ranks, token_major = [problem.case.rank] * problem.case.adapters, problem.case.module.token_major
+
+        def call(a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor) -> Call:
+            if token_major:
+                t = polylora.SliceTable.from_vllm_embedding(a, b[:, None], ranks, problem.scales)
+            else:
+                t = polylora.SliceTable.from_sglang_embedding(a, b, ranks, problem.scales)
+            args = t.a, t.b, t.table, plan, t.widths, t.cols, t.vocab, t.token_major
+            return lambda: embedding_(y, ids, *args)
+
+        return [call(*parts) for parts in zip(problem.a, problem.b, problem.tokens, strict=True)]
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -119,6 +139,8 @@ class Vllm(Implementation):
         self.api.clear_ptr_caches()  # they are keyed on addresses, and those are used again
         meta = self.api.make_meta(problem.slot_of_row, problem.case.adapters, problem.device)
         scales = torch.tensor(problem.scales, device=problem.device, dtype=problem.dtype)[:, None, None]
+        if problem.case.module.is_embedding:
+            return self._embedding(problem, meta, scales)
         starts, lora_linear = problem.starts, self.api.lora_linear
 
         def call(a: torch.Tensor, b: torch.Tensor) -> Call:
@@ -128,6 +150,18 @@ class Vllm(Implementation):
             return lambda: lora_linear(problem.x, a_slices, b_slices, problem.y, meta)
 
         return [call(a, b) for a, b in zip(problem.a, problem.b, strict=True)]
+
+    def _embedding(self, problem: Problem, meta: object, scales: torch.Tensor) -> list[Call]:
+        """A is ``[slots * vocab, rank]`` there; the first row of each token's slot belongs to a step's metadata."""
+        module, rank, y, expand = problem.case.module, problem.case.rank, problem.y, self.api.expand
+        first = problem.slot_of_row.long() * module.vocab
+
+        def call(a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor) -> Call:
+            rows = (a if module.token_major else a.transpose(1, 2)).reshape(-1, rank)
+            b = (b * scales).contiguous()
+            return lambda: expand(F.embedding(ids + first, rows).unsqueeze(0), (b,), y, meta)
+
+        return [call(*parts) for parts in zip(problem.a, problem.b, problem.tokens, strict=True)]
 
     def close(self) -> None:
         self.api.clear_ptr_caches()
@@ -151,6 +185,15 @@ class _Sglang(Implementation):
         for a, b in zip(problem.a, problem.b, strict=True):
             yield a.flatten(1, 2), b
 
+    def embedding_weights(self, problem: Problem) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """``[slots, rank, vocab]``, B as above and the token ids, once a weight set."""
+        for a, b, ids in zip(problem.a, problem.b, problem.tokens, strict=True):
+            yield (a.transpose(1, 2).contiguous() if problem.case.module.token_major else a), b, ids
+
+    def part(self, name: str) -> ModuleType:
+        """A module of the package beside ``api``."""
+        return importlib.import_module(f"{self.api.__name__.rpartition('.')[0]}.{name}")
+
 
 class Csgmv(_Sglang):
     """SGLang's chunked SGMV. Its server default keeps chunks at 16 rows, which is slower in prefill."""
@@ -161,12 +204,23 @@ class Csgmv(_Sglang):
         requests = self.requests(problem)
         batch = self.api.build_csgmv_batch(*requests, device=problem.device, max_lora_chunk_size=128)
         offsets = self.api.make_offsets(problem.starts, problem.device)
+        if problem.case.module.is_embedding:
+            return self._embedding(problem, batch, offsets)
         lora, x, y = self.api.csgmv_lora, problem.x, problem.y
 
         def call(a: torch.Tensor, b: torch.Tensor) -> Call:
             return lambda: lora(x, a, b, batch, offsets, y)
 
         return [call(a, b) for a, b in self.weights(problem)]
+
+    def _embedding(self, problem: Problem, batch: object, offsets: Sequence[torch.Tensor]) -> list[Call]:
+        look_up, expand, y = self.api.csgmv_embedding_a, self.api.csgmv_expand, problem.y
+        vocab = problem.case.module.vocab
+
+        def call(a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor) -> Call:
+            return lambda: expand(look_up(ids, a, batch, vocab), b, batch, *offsets, base_output=y)
+
+        return [call(*parts) for parts in self.embedding_weights(problem)]
 
 
 class Triton(_Sglang):
@@ -177,6 +231,8 @@ class Triton(_Sglang):
     def prepare(self, problem: Problem) -> list[Call]:
         phase = "decode" if problem.case.is_decode else "prefill"
         batch = self.api.build_triton_batch(*self.requests(problem), device=problem.device, phase=phase)
+        if problem.case.module.is_embedding:
+            return self._embedding(problem, batch)
         offsets = self.api.make_offsets(problem.starts, problem.device)
         lora, x, y = self.api.tri_lora, problem.x, problem.y
 
@@ -184,6 +240,17 @@ class Triton(_Sglang):
             return lambda: lora(x, a, b, batch, offsets, y)
 
         return [call(a, b) for a, b in self.weights(problem)]
+
+    def _embedding(self, problem: Problem, batch: object) -> list[Call]:
+        """The lookup goes by requests, in decode too; expand by the merged rows."""
+        by_request = self.api.build_triton_batch(*self.requests(problem), device=problem.device, phase="prefill")
+        look_up, expand, y = self.api.tri_embedding_a, self.part("sgemm_lora_b").sgemm_lora_b_fwd, problem.y
+        vocab = problem.case.module.vocab
+
+        def call(a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor) -> Call:
+            return lambda: expand(look_up(ids, a, by_request, vocab), b, batch, y)
+
+        return [call(*parts) for parts in self.embedding_weights(problem)]
 
 
 class V2(_Sglang):
@@ -195,6 +262,8 @@ class V2(_Sglang):
         phase = "decode" if problem.case.is_decode else "prefill"
         dense = self.api.V2Dense(problem.case.adapters, problem.device)
         dense.begin(*self.requests(problem), phase=phase, graph_mode=problem.device.type == "cuda")
+        if problem.case.module.is_embedding:
+            return self._embedding(problem, dense)
         offsets = tuple(problem.starts)
         kind = "lm_head" if problem.case.module.is_lm_head else "linear"
         lora, x, y = dense.lora, problem.x, problem.y
@@ -203,6 +272,21 @@ class V2(_Sglang):
             return lambda: lora(x, a, b, offsets, y, kind)
 
         return [call(a, b) for a, b in self.weights(problem)]
+
+    def _embedding(self, problem: Problem, dense: Any) -> list[Call]:
+        look_up = self.part("embedding_lora_a").embedding_lora_a_tokens_fwd
+        bridge, runner, y = self.part("dense_v2.runner").Bridge, dense.runner, problem.y
+        offsets, rows, vocab = tuple(problem.starts), problem.case.rows, problem.case.module.vocab
+
+        def call(a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor) -> Call:
+            def run() -> None:
+                plan = dense.plan(a, b, offsets, rows, "embedding")
+                looked_up = look_up(ids, a, runner.token_slots, runner.lora_ranks, vocab)
+                runner.run_b(bridge(looked_up), b, y, offsets=offsets, plan=plan)
+
+            return run
+
+        return [call(*parts) for parts in self.embedding_weights(problem)]
 
 
 #: By name, in the order of the tables.

@@ -4,8 +4,8 @@ A record is one JSON object a line. ``kind`` says which:
 
 ============  =========================================================================================================
 ``run``       first of a file: date, card, versions, dtype
-``linear``    one implementation on one case: ``us``, quartiles ``low_us`` and ``high_us``, ``floor_us``, ``ratio``, or
-              ``status`` other than ``ok`` and a ``detail``
+``linear``    one implementation on one case (``op``: a linear layer or an embedding): ``us``, quartiles ``low_us``
+              and ``high_us``, ``floor_us``, ``ratio``, or ``status`` other than ``ok`` and a ``detail``
 ``chain``     the same, ``us`` being what the op adds to a chain of base GEMMs of ``base_us`` each
 ``idle``      the same, replayed with no row that has an adapter
 ``plan``      grouping ``rows`` rows of ``slots`` slots: ``us`` in a graph
@@ -103,7 +103,7 @@ def ratios(records: Iterable[Record]) -> dict[str, dict[str, dict[str, float]]]:
 
     The implementation ``best peer`` is, case by case, the fastest that is not polylora.
     """
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in REGIMES}
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in REGIMES}
     best: dict[str, dict[str, float]] = {}
     for record in records:
         if record.get("kind") != "linear" or record["status"] != OK:
@@ -208,7 +208,7 @@ def plot(records: Sequence[Record], path: str | Path) -> None:
     values = [value for found in by_regime.values() for of_name in found.values() for value in of_name.values()]
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style | {"svg.hashsalt": "polylora"}):  # with the salt, the same records make the same file
-        figure = Figure(figsize=(9, 4.5), facecolor="white", layout="constrained")
+        figure = Figure(figsize=(max(9.0, 2.6 * len(by_regime)), 4.5), facecolor="white", layout="constrained")
         axes = figure.add_subplot(facecolor="white")
         for i, name in enumerate(names):
             _draw_bars(axes, by_regime, name, i, len(names))
@@ -253,4 +253,4 @@ def _with_count(regime: str, found: dict[str, dict[str, float]]) -> str:
 def _title(run: Record) -> str:
     parts = [run.get("device", "card unknown"), run.get("date", "")[:10], run.get("dtype", "")]
     card = ", ".join(part for part in parts if part)
-    return f"LoRA of linear layers on {card}\nbars and numbers: geometric means; dots: cases"
+    return f"LoRA on {card}\nbars and numbers: geometric means; dots: cases"

@@ -70,6 +70,11 @@ class CudaTimer:
         properties = torch.cuda.get_device_properties(self.device)
         self.l2_bytes = getattr(properties, "L2_cache_size", 0) or 50 * 2**20
 
+    def free_bytes(self) -> int:
+        """Bytes that can be allocated now, torch's own reserve among them."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
     def scope(self):
         """A context in which work goes to the timer's stream."""
         return torch.cuda.stream(self.stream)
