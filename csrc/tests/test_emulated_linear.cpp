@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "common/launch.cuh"
+#include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/wide.cuh"
 #include "polylora/cpu.h"
@@ -351,9 +352,21 @@ cudaError_t mma(Problem& problem) {
   return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
 }
 
+cudaError_t narrow(Problem& problem) {
+  LoraParams p = problem.params();
+  if (!cuda::narrow_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
+  int parts = 0;
+  cuda::narrow_parts(p, parts);
+  const GuardedBytes scratch(cuda::narrow_plane_bytes(p, parts));
+  p.scratch = scratch.data();
+  const cudaError_t error = cuda::shrink_narrow_path(p, parts, nullptr);
+  emulator::options().previous_grid = nullptr;
+  return error == cudaSuccess ? cuda::expand_narrow_path(p, parts, nullptr) : error;
+}
+
 // The public halves, v in between. `shrink`: into p.v.
 template <typename Shrink>
-cudaError_t halves(LoraParams p, Shrink&& shrink) {
+cudaError_t halves(LoraParams p, Shrink&& shrink, decltype(&cuda::expand_wide_path) expand = cuda::expand_wide_path) {
   const int64_t v_stride = p.v_width + 1;  // rows of v begin at odd addresses
   const GuardedBytes v(p.rows * v_stride * 4);
   for (int64_t i = 0; i < p.rows * v_stride; ++i) reinterpret_cast<float*>(v.data())[i] = std::nanf("");
@@ -371,7 +384,7 @@ cudaError_t halves(LoraParams p, Shrink&& shrink) {
   LoraParams second = p;
   second.x = nullptr;
   for (int s = 0; s < second.slices.count; ++s) second.slices.a_rows[s] = -1;
-  return error == cudaSuccess ? cuda::expand_wide_path(second, 0, nullptr) : error;
+  return error == cudaSuccess ? expand(second, 0, nullptr) : error;
 }
 
 cudaError_t wide_halves(Problem& problem) {
@@ -384,19 +397,23 @@ cudaError_t wide_halves(Problem& problem) {
   });
 }
 
-cudaError_t mma_halves(Problem& problem) {
-  return halves(problem.params(), [](LoraParams p) {
-    int parts = 0;
-    cuda::mma_parts(p, parts);
-    const GuardedBytes scratch(cuda::plane_bytes(p, parts));
-    p.scratch = scratch.data();
-    const cudaError_t error = cuda::shrink_mma_path(p, parts > 1 ? parts : 0, nullptr);
-    emulator::options().previous_grid = nullptr;
-    return error == cudaSuccess && parts > 1 ? cuda::add_planes_path(p, parts, nullptr) : error;
-  });
+cudaError_t mma_shrink(LoraParams p) {
+  int parts = 0;
+  cuda::mma_parts(p, parts);
+  const GuardedBytes scratch(cuda::plane_bytes(p, parts));
+  p.scratch = scratch.data();
+  const cudaError_t error = cuda::shrink_mma_path(p, parts > 1 ? parts : 0, nullptr);
+  emulator::options().previous_grid = nullptr;
+  return error == cudaSuccess && parts > 1 ? cuda::add_planes_path(p, parts, nullptr) : error;
 }
 
+cudaError_t mma_halves(Problem& problem) { return halves(problem.params(), mma_shrink); }
+
+cudaError_t narrow_halves(Problem& problem) { return halves(problem.params(), mma_shrink, cuda::expand_narrow_path); }
+
 cudaError_t lookup(Problem& problem) { return cuda::embedding_wide_path(problem.embedding_params(), nullptr); }
+
+cudaError_t narrow_lookup(Problem& problem) { return cuda::embedding_narrow_path(problem.embedding_params(), nullptr); }
 
 void run(const std::string& what, Path path, const Shape& shape, int runs = 2) {
   Problem problem(shape, std::hash<std::string>()(what));
@@ -475,15 +492,28 @@ void prefill() {
     shape.shared_a = true;
     run(name + ", one A for all slices", path, shape);
   }
-  for (const char* layout : {"rank", "token"}) {
-    for (int64_t rows : {1, 5, 40, 150}) {
-      Shape shape{DType::kBFloat16, rows, 37, {136}, 4, {16, 8, 0, 33}};
-      shape.lookup = layout;
-      run(std::string("lookup by ") + layout + ", rows " + std::to_string(rows), lookup, shape, 4);
-      shape.dtype = DType::kFloat16;
-      shape.odd_b = true;
-      shape.widths = {64, 40};
-      run(std::string("lookup of odd B by ") + layout + ", rows " + std::to_string(rows), lookup, shape);
+  cuda::emulated_device = {0, 8, 84, 99 * 1024};  // 8.6: v of few rows at a time, half the ranks a pass over x
+  run("8.6, many ranks", mma, {DType::kBFloat16, 150, 128, {64, 200}, 2, {200, 130, 64, 256}, "segments"});
+  run("8.6, halves of many ranks", mma_halves, {DType::kFloat16, 140, 64, {72}, 1, {256}, "one"});
+  cuda::emulated_device = {0, 9, 132, 227 * 1024};
+}
+
+void embedding() {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"lookup", lookup}, {"narrow lookup", narrow_lookup}}) {
+    for (const char* layout : {"rank", "token"}) {
+      for (int64_t rows : {1, 5, 40, 150}) {
+        Shape shape{DType::kBFloat16, rows, 37, {136}, 4, {16, 8, 0, 33}};
+        shape.lookup = layout;
+        const std::string what = name + " by " + layout + ", rows " + std::to_string(rows);
+        run(what, path, shape, 4);
+        shape.ranks = {64, 8, 256, 100};
+        run(what + ", many ranks", path, shape);
+        shape.ranks = {16, 8, 0, 33};
+        shape.dtype = DType::kFloat16;
+        shape.odd_b = true;
+        shape.widths = {64, 40};
+        run(what + ", odd B", path, shape);
+      }
     }
   }
 }
@@ -497,6 +527,9 @@ int main() {
   testing::any_shape("wide", testing::wide, 8);
   testing::any_shape("mma", testing::mma, 8);
   testing::any_shape("wide halves", testing::wide_halves, 8);
+  testing::any_shape("narrow", testing::narrow, 32);
+  testing::any_shape("narrow halves", testing::narrow_halves, 8);
   testing::prefill();
+  testing::embedding();
   return testing::report();
 }

@@ -16,24 +16,29 @@ struct Device {
   int index;
   int major;
   int sms;
+  int smem_bytes;  // that a block can have: 99 KiB on 8.6, 8.9 and 12.0, 163 on 8.0, 227 on 9.0 and 10.0
 };
 
 inline cudaError_t current_device(Device& device) {
-  static std::atomic<uint32_t> known[kMaxDevices];  // major << 16 | sms; 0: not asked yet
+  static std::atomic<uint64_t> known[kMaxDevices];  // major, sms, shared memory in 16, 16, 32 bits; 0: not asked yet
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
   if (index >= kMaxDevices) return cudaErrorInvalidDevice;
-  uint32_t packed = known[index].load(std::memory_order_relaxed);
+  uint64_t packed = known[index].load(std::memory_order_relaxed);
   if (packed == 0) {
-    int major = 0, sms = 0;
+    int major = 0, sms = 0, smem = 0;
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    }
     if (error != cudaSuccess) return error;
-    packed = static_cast<uint32_t>(major) << 16 | static_cast<uint32_t>(sms);
+    packed = static_cast<uint64_t>(major) << 48 | static_cast<uint64_t>(sms) << 32 | static_cast<uint32_t>(smem);
     known[index].store(packed, std::memory_order_relaxed);
   }
-  device = {index, static_cast<int>(packed >> 16), static_cast<int>(packed & 0xffff)};
+  device = {index, static_cast<int>(packed >> 48), static_cast<int>(packed >> 32 & 0xffff),
+            static_cast<int>(packed & 0xffffffff)};
   return cudaSuccess;
 }
 
@@ -45,16 +50,14 @@ struct LaunchShape {
   bool overlap = false;  // may start before the kernel before has ended, and waits for it inside; 9.0 and later
 };
 
-/// What kKernel needs before its first launch on `device`. kMaxSmem: the most shared memory any call of it asks for.
-template <auto kKernel, int kMaxSmem>
+/// What kKernel needs before its first launch on `device`: leave to take all shared memory, and clusters of any size.
+template <auto kKernel>
 cudaError_t prepare(const Device& device) {
   // once for each kernel and device; a race sets the same attributes twice
   static std::atomic<uint64_t> prepared{0};
   const uint64_t mine = uint64_t{1} << device.index;
   if ((prepared.load(std::memory_order_relaxed) & mine) == 0) {
-    cudaError_t error = cudaSuccess;
-    if (kMaxSmem > 48 * 1024)
-      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSmem);
+    cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem_bytes);
     if (error == cudaSuccess && device.major >= 9) {
       error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
@@ -65,9 +68,9 @@ cudaError_t prepare(const Device& device) {
 }
 
 /// Launches kKernel on `device`.
-template <auto kKernel, int kMaxSmem, typename Params>
+template <auto kKernel, typename Params>
 cudaError_t launch(const Device& device, const LaunchShape& shape, const Params& params, cudaStream_t stream) {
-  const cudaError_t error = prepare<kKernel, kMaxSmem>(device);
+  const cudaError_t error = prepare<kKernel>(device);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
@@ -87,14 +90,14 @@ cudaError_t launch(const Device& device, const LaunchShape& shape, const Params&
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 
-/// How many clusters of `blocks` blocks `device` runs at once, of a kernel that takes kSmem bytes of shared memory.
-template <auto kKernel, int kSmem>
-cudaError_t resident_clusters(const Device& device, int threads, int blocks, int& clusters) {
+/// How many clusters of `blocks` blocks `device` runs at once; `threads` and `smem_bytes` are the same in all calls.
+template <auto kKernel>
+cudaError_t resident_clusters(const Device& device, int threads, int smem_bytes, int blocks, int& clusters) {
   static std::atomic<uint8_t> known[kMaxDevices][kMaxCluster + 1];  // plus 1; 0: not asked yet
   std::atomic<uint8_t>& mine = known[device.index][blocks];
   clusters = mine.load(std::memory_order_relaxed) - 1;
   if (clusters >= 0) return cudaSuccess;
-  cudaError_t error = prepare<kKernel, kSmem>(device);
+  cudaError_t error = prepare<kKernel>(device);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -102,7 +105,7 @@ cudaError_t resident_clusters(const Device& device, int threads, int blocks, int
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = kSmem;
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.attrs = &attribute;
   config.numAttrs = 1;
   error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);

@@ -35,7 +35,7 @@ cudaError_t add_planes_path(const LoraParams& p, int planes, cudaStream_t stream
   shape.threads = kThreads;
   shape.smem_bytes = sizeof(WideItem);
   shape.overlap = true;
-  return launch<&add_planes_kernel, static_cast<int>(sizeof(WideItem))>(device, shape, task, stream);
+  return launch<&add_planes_kernel>(device, shape, task, stream);
 }
 
 }  // namespace polylora::cuda

@@ -12,17 +12,10 @@
 
 #include <type_traits>
 
+#include "linear/v_source.cuh"
 #include "linear/wide.cuh"
 
 namespace polylora::cuda {
-
-/// A that is looked up by token instead of multiplied.
-struct TokenSource {
-  const void* ids;  // [rows]; null: v is multiplied
-  bool ids_are_int64;
-  bool token_major;
-  int64_t vocab;
-};
 
 /// How v lies in shared memory: a row of `pitch` elements for each row of the tile, a slice's ranks in blocks of 32
 /// with zeros behind the last. Rank r = 8t + 2m + e of a block stands in place 8m + 2t + e, so that ldmatrix hands a
@@ -62,52 +55,17 @@ inline constexpr int kPieceBytes = 16 * 32 * 2;  // of y: 16 rows, 32 outputs
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// Four ranks of v, from the `r`th on, of a row of the item that are looked up.
-__device__ __forceinline__ uint2 look_up(const LinearTask& task, const WideItem& item, const TokenSource& tokens, int s,
-                                         int row, int r) {
-  const int32_t y_row = item.row[row];
-  uint32_t bits[4] = {};
-  if (y_row >= 0) {
-    const int64_t token = tokens.ids_are_int64 ? static_cast<const int64_t*>(tokens.ids)[y_row]
-                                               : static_cast<const int32_t*>(tokens.ids)[y_row];
-    const LinearSlice& slice = task.slice[s];
-    const SliceEntry& entry = item.entry[s];
-    const int64_t token_stride = tokens.token_major ? slice.a_stride : 1;
-    const int64_t rank_stride = tokens.token_major ? 1 : slice.a_stride;
-    const auto* a =
-        static_cast<const uint16_t*>(slice.a) + int64_t{entry.a_row} * slice.a_stride + token * token_stride;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (r + i < entry.rank) bits[i] = a[(r + i) * rank_stride];
-    }
-  }
-  return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
-}
-
-// Four ranks of v, from the `r`th on, of a row of the item that came as sums.
-__device__ __forceinline__ float4 load_sums(const LinearTask& task, const WideItem& item, int s, int row, int r) {
-  const SliceEntry& entry = item.entry[s];
-  const float* from = task.v + int64_t{item.row[row]} * task.v_stride + entry.v_col + r;
-  if (r + 4 <= entry.rank && (reinterpret_cast<uintptr_t>(from) & 15) == 0)
-    return *reinterpret_cast<const float4*>(from);
-  float4 v{0.f, 0.f, 0.f, 0.f};
-  if (r < entry.rank) v.x = from[0];
-  if (r + 1 < entry.rank) v.y = from[1];
-  if (r + 2 < entry.rank) v.z = from[2];
-  if (r + 3 < entry.rank) v.w = from[3];
-  return v;
-}
-
-/// v of slice s of the item to shared memory; of sums, the one rounding happens here, unscaled as in the plain formula.
-/// Who reads it syncs before.
+/// v of slice s of rows [rows.begin, rows.end) of the item to shared memory; of sums, the one rounding happens here,
+/// unscaled as in the plain formula. `token`: of each row of the item, in shared memory; null: nothing is looked up.
+/// Who reads v syncs before.
 template <typename T>
-__device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item,
-                                       const TokenSource* tokens, int s) {
+__device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item, int s,
+                                       Part rows, const int64_t* token = nullptr, bool token_major = false) {
   const int rank = item.rank[s];
   const int columns = StreamV::columns(rank);
   // quads of ranks in a row, as if their number were a power of 2; those beyond the columns are left out
   const int quads_log2 = rank <= 16 ? 2 : rank <= 32 ? 3 : rank <= 64 ? 4 : rank <= 128 ? 5 : 6;
-  const int items = item.rows << quads_log2;
+  const int items = (min(rows.end, item.rows) - rows.begin) << quads_log2;
   const auto row_of = [&](int e) { return e >> quads_log2; };
   const auto rank_of = [&](int e) { return (e & ((1 << quads_log2) - 1)) * 4; };
   const auto put = [&](int e, uint2 bits) {
@@ -120,9 +78,10 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
     }
   };
   const auto round = [](float4 v) { return uint2{pack(v.x, v.y, T{}), pack(v.z, v.w, T{})}; };
-  if (tokens == nullptr && task.planes > 0) {
+  if (task.planes > 0) {
     // of a row's planes, up to 2^31 elements apart
-    const float* from = task.plane + int64_t{item.pos} * task.plane_width + item.first_rank_tile[s] * kRankTile;
+    const float* from =
+        task.plane + int64_t{item.pos + rows.begin} * task.plane_width + item.first_rank_tile[s] * kRankTile;
     // kItems * kPlanes loads on their way at once
     const auto add_all = [&](auto items_at_once, auto planes_at_once) {
       constexpr int kItems = decltype(items_at_once)::value;
@@ -173,11 +132,30 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
     if (task.planes <= 4) return add_all(Constant<2>{}, Constant<4>{});
     return add_all(Constant<1>{}, Constant<8>{});
   }
+  const SliceEntry& entry = item.entry[s];
+  if (token != nullptr) {
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < items; first += kAtOnce * blockDim.x) {
+      uint2 bits[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int e = first + i * blockDim.x;
+        const int64_t of_row = e < items ? token[rows.begin + row_of(e)] : -1;
+        bits[i] = look_up(task.slice[s], entry.a_row, rank, token_major, of_row, rank_of(e));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int e = first + i * blockDim.x;
+        if (e < items && rank_of(e) < columns) put(e, bits[i]);
+      }
+    }
+    return;
+  }
 #pragma unroll 1
   for (int e = threadIdx.x; e < items; e += blockDim.x) {
     if (rank_of(e) >= columns) continue;
-    put(e, tokens != nullptr ? look_up(task, item, *tokens, s, row_of(e), rank_of(e))
-                             : round(load_sums(task, item, s, row_of(e), rank_of(e))));
+    put(e, round(load_v4(task, item.row[rows.begin + row_of(e)], entry.v_col, rank_of(e), rank)));
   }
 }
 
@@ -202,36 +180,65 @@ class ExpandStream {
   static constexpr int kPanelsAt = kThreads / 32 * kStages * kPieceBytes;
   static constexpr int kBytes = kPanelsAt + 2 * kPanelBytes;  // of the ring
 
-  /// Begins with unit `first` of slice s: starts the first copies, of y only as many as keep the memory busy: what is
-  /// asked for later (v) waits behind them. All threads are done with the ring.
-  __device__ __forceinline__ ExpandStream(const LinearTask& task, const WideItem& item, unsigned char* ring, int s,
-                                          int first, int count)
-      : item_(item), s_(s), slice_(task.slice[s]), ring_(ring) {
+  __device__ __forceinline__ ExpandStream(const LinearTask& task, const WideItem& item, unsigned char* ring)
+      : task_(task), item_(item), ring_(ring) {}
+
+  /// Turns to `count` units from `first` on of slice s, of rows [rows.begin, rows.end), multiples of 16, of the item.
+  __device__ __forceinline__ void set(int s, int first, int count, Part rows) {
+    s_ = s;
+    const LinearSlice& slice = task_.slice[s];
     const int n_begin = first * kUnitN;
-    const SliceEntry& entry = item.entry[s];
+    const SliceEntry& entry = item_.entry[s];
     columns_ = StreamV::columns(entry.rank);
-    outputs_ = min(count * kUnitN, slice_.width - n_begin);
+    outputs_ = min(count * kUnitN, slice.width - n_begin);
     panel_steps_ = kPanelBytes / (columns_ * 2 * kOutputs * kSide);
     // rows g, g + 8 of the warp's 16; 8 outputs of the piece's 32
     const int row = warp() % 8 * 16 + g();
-    const int32_t low = item.row[row], high = item.row[row + 8];
-    has_low_ = row < item.rows && low >= 0;
-    has_high_ = row + 8 < item.rows && high >= 0;
+    const int64_t low = item_.row[row], high = item_.row[row + 8];
+    v_row_ = warp() % 8 * 16 - rows.begin;
+    busy_ = v_row_ >= 0 && warp() % 8 * 16 < min(rows.end, item_.rows);
+    has_low_ = busy_ && row < item_.rows;
+    has_high_ = busy_ && row + 8 < item_.rows;
     const int first_output = kOutputs * (warp() / 8) + 8 * t();
     left_ = outputs_ - first_output;
-    T* y = static_cast<T*>(task.y) + slice_.col + n_begin + first_output;
-    low_ = y + low * int64_t{task.y_stride};
-    high_ = y + high * int64_t{task.y_stride};
+    T* y = static_cast<T*>(task_.y) + slice.col + n_begin + first_output;
+    low_ = y + low * task_.y_stride;
+    high_ = y + high * task_.y_stride;
     b_aligned_ = ((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) == 0;
-    b_ = static_cast<const T*>(slice_.b) + entry.b_offset + int64_t{n_begin} * entry.b_stride;
-    start_panel(0);
-    start<0, kEarly>();
+    b_ = static_cast<const T*>(slice.b) + entry.b_offset + int64_t{n_begin} * entry.b_stride;
+  }
+  /// Nothing: its pieces are none.
+  __device__ __forceinline__ void set_none() {
+    left_ = 0;
+    has_low_ = has_high_ = false;
   }
 
-  /// All units. v of the slice is in shared memory, or on its way: the first panel syncs.
-  __device__ __forceinline__ void run(const T* smem_v, int pitch) {
-    start<kEarly, kStages - 1>();
-    const T* v = smem_v + (warp() % 8 * 16 + lane() % 16) * pitch + lane() / 16 * 8;
+  /// Starts the first copies. All threads are done with the ring.
+  __device__ __forceinline__ void start() const {
+    start_panel(0);
+    start_pieces(0);
+  }
+
+  /// Instead, one by one, while the ring's place for B is still in use: the first kAhead pieces of y, then B.
+  static constexpr int kAhead = kStages - 1;
+  __device__ __forceinline__ void start_piece(int i) const { start_y(i * kPieceBytes, i); }
+  __device__ __forceinline__ void start_rest(int first_piece) const {
+    start_pieces(first_piece);
+    start_panel(0);
+    ptx::commit_copies();
+  }
+
+  /// All units. v of the slice is in shared memory, or on its way: the first panel syncs. `token`: rows without one
+  /// stay as they are. `b_is_last`: after start_rest.
+  __device__ __forceinline__ void run(const T* smem_v, int pitch, const int64_t* token = nullptr,
+                                      bool b_is_last = false) {
+    if (b_is_last) ptx::wait_copies<0>();
+    if (token != nullptr) {
+      const int row = warp() % 8 * 16 + g();
+      has_low_ &= token[row] >= 0;
+      has_high_ &= token[row + 8] >= 0;
+    }
+    const T* v = smem_v + (v_row_ + lane() % 16) * pitch + lane() / 16 * 8;
     if (columns_ == 32) {
       walk<1>(v);
     } else if (columns_ == 64) {
@@ -244,7 +251,6 @@ class ExpandStream {
 
  private:
   static constexpr int kOutputs = 32;             // of a piece
-  static constexpr int kEarly = 2;                // pieces of y to start with
   static constexpr int kSide = kThreads / 256;    // warps side by side
   static constexpr int kStep = kOutputs * kSide;  // outputs from a warp's piece to its next one
 
@@ -258,11 +264,11 @@ class ExpandStream {
     return ring_ + warp() * (kStages * kPieceBytes) + lane() * 16;
   }
 
-  template <int kFrom, int kTo>
-  __device__ __forceinline__ void start() const {
+  __device__ __forceinline__ void start_pieces(int first) const {
 #pragma unroll
-    for (int i = kFrom; i < kTo; ++i) {
-      start_y(i * kPieceBytes, i);
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < first) continue;
+      start_piece(i);
       ptx::commit_copies();
     }
   }
@@ -309,7 +315,6 @@ class ExpandStream {
   __device__ __forceinline__ void walk(const T* v) {
     constexpr int kHeld = kBlocks > 0 ? kBlocks : 1;
     uint32_t held[kHeld][2][4];
-    const bool busy = warp() % 8 * 16 < item_.rows;
     const int steps = (outputs_ + kStep - 1) / kStep;
     int slot = 0, panel = 0, left_in_panel = 0;
     const T* b = nullptr;
@@ -326,7 +331,7 @@ class ExpandStream {
         start_panel(panel + 1);
         b = panel_at(panel) + StreamB::at(warp() / 8 * kOutputs + g(), kBlocks > 0 ? 32 * kBlocks : columns_, 8 * t());
         ++panel;
-        if (kBlocks > 0 && step == 0) {
+        if (kBlocks > 0 && step == 0 && busy_) {
 #pragma unroll
           for (int i = 0; i < kHeld; ++i) {
             ptx::load_matrices(held[i][0], v + 32 * i);
@@ -338,7 +343,7 @@ class ExpandStream {
       ptx::wait_copies<kStages - 2>();
       start_y(slot == 0 ? (kStages - 1) * kPieceBytes : slot - kPieceBytes, kStages - 1);
       ptx::commit_copies();
-      if (busy && left_ + 8 * t() > 0) {
+      if (busy_ && left_ + 8 * t() > 0) {
         float acc[4][4] = {};
         const int columns = kBlocks > 0 ? 32 * kBlocks : columns_;
 #pragma unroll
@@ -377,14 +382,15 @@ class ExpandStream {
     }
   }
 
+  const LinearTask& task_;
   const WideItem& item_;  // read again where it is needed: registers are short
-  const int s_;
-  const LinearSlice& slice_;
   unsigned char* const ring_;
+  int s_;
   int columns_;      // of v and B
   int outputs_;      // of all pieces
   int panel_steps_;  // of a warp in a panel
-  bool has_low_, has_high_, b_aligned_;
+  int v_row_;        // of v's rows in shared memory, the warp's first
+  bool busy_, has_low_, has_high_, b_aligned_;
   int left_;        // outputs from this thread's next on
   T *low_, *high_;  // this thread's next outputs
   const T* b_;      // of the first output

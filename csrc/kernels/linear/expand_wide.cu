@@ -17,25 +17,26 @@ constexpr int kUnitsPerBlock = 8;
 struct ExpandTask {
   LinearTask linear;
   TokenSource tokens;
-  int32_t v_pitch;
+  int32_t v_elements;  // that shared memory has room for
 };
 
 // Shared memory: ring, item, v.
 constexpr int kStages = 5;
 constexpr int kPanelBytes = 16 * 1024;
 constexpr int kRing = ExpandStream<__half, kThreads, kStages, kPanelBytes>::kBytes;
-constexpr int smem_bytes(int ranks) {
-  return kRing + static_cast<int>(sizeof(WideItem)) + kWideTileRows * StreamV::pitch(ranks) * 2;
-}
+constexpr int kTokenAt = kRing + static_cast<int>(sizeof(WideItem));
+constexpr int kVAt = kTokenAt + kWideTileRows * static_cast<int>(sizeof(int64_t));
+constexpr int kLeastV = 16 * StreamV::pitch(kMaxRank);  // elements
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __grid_constant__ ExpandTask params) {
   using Stream = ExpandStream<T, kThreads, kStages, kPanelBytes>;
   const LinearTask& task = params.linear;
-  const TokenSource* tokens = params.tokens.ids == nullptr ? nullptr : &params.tokens;
   unsigned char* smem = ptx::dynamic_smem();
   WideItem& item = *reinterpret_cast<WideItem*>(smem + kRing);
-  T* smem_v = reinterpret_cast<T*>(&item + 1);
+  const bool is_lookup = params.tokens.ids != nullptr;
+  int64_t* token = is_lookup ? reinterpret_cast<int64_t*>(smem + kTokenAt) : nullptr;
+  T* smem_v = reinterpret_cast<T*>(smem + kVAt);
 
   ptx::launch_next_grid();
   const auto tiles_of_plan = [&] {
@@ -71,16 +72,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __gr
         }
         if (unit >= units_begin(blockIdx.x + 1)) break;
       }
-      if (tokens != nullptr) {
-        const int i = static_cast<int>(threadIdx.x);
-        if (i < kWideTileRows) {
-          const int32_t row = item.row[i];
-          const int64_t token = tokens->ids_are_int64 ? static_cast<const int64_t*>(tokens->ids)[row]
-                                                      : static_cast<const int32_t*>(tokens->ids)[row];
-          if (token < 0 || token >= tokens->vocab) item.row[i] = -1;
-        }
-        __syncthreads();
-      }
     }
     const int first = static_cast<int>(unit - int64_t{tile_index} * task.units);
     const int s = task.slice_of(first);
@@ -88,18 +79,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __gr
     const int count = static_cast<int>(min(int64_t{slice_end - first}, units_begin(blockIdx.x + 1) - unit));
     unit += count;
     if (item.rank[s] == 0) continue;
-    Stream stream(task, item, smem, s, first - task.slice[s].unit_begin, count);
-    if (!waited) {
-      waited = true;
-      ptx::wait_for_previous_grid();  // v is there
+    // v of as many rows at a time as there is room for: nearly always all
+    const int pitch = StreamV::pitch(StreamV::columns(item.rank[s]));
+    const int rows = min(params.v_elements / pitch & ~15, kWideTileRows);
+#pragma unroll 1
+    for (int row = 0; row < item.rows; row += rows) {
+      if (row > 0) __syncthreads();  // all are done with the ring and v
+      Stream stream(task, item, smem);
+      stream.set(s, first - task.slice[s].unit_begin, count, {row, row + rows});
+      stream.start();
+      if (!waited) {
+        waited = true;
+        ptx::wait_for_previous_grid();  // v is there
+      }
+      if (is_lookup) {
+        if (threadIdx.x < kWideTileRows) token[threadIdx.x] = token_of(params.tokens, item.row[threadIdx.x]);
+        __syncthreads();
+      }
+      load_v(smem_v, pitch, task, item, s, {row, row + rows}, token, params.tokens.token_major);
+      stream.run(smem_v, pitch, token);
     }
-    load_v(smem_v, params.v_pitch, task, item, tokens, s);
-    stream.run(smem_v, params.v_pitch);
   }
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 }
 
-// `ranks`: the most that a slice can have; multiples of 64 above 32, few sizes of shared memory
+// `ranks`: that most slices may have.
 cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaStream_t stream) {
   LinearTask& task = params.linear;
   task.tile = p.plan.wide_tile;
@@ -116,12 +120,14 @@ cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaS
       dim3(static_cast<unsigned>(min64(most, even > device.sms * kBlocksPerSm ? even : device.sms * kBlocksPerSm)));
   shape.threads = kThreads;
   shape.overlap = true;
-  const int cap = static_cast<int>(ranks <= 32 ? 32 : min64(divide_up(ranks, 64) * 64, kMaxRank));
-  params.v_pitch = StreamV::pitch(cap);
-  shape.smem_bytes = smem_bytes(cap);
-  constexpr int kMost = smem_bytes(kMaxRank);
-  return p.dtype == DType::kBFloat16 ? launch<&expand_wide<__nv_bfloat16>, kMost>(device, shape, params, stream)
-                                     : launch<&expand_wide<__half>, kMost>(device, shape, params, stream);
+  // few sizes of shared memory: multiples of 64 ranks above 32
+  const int64_t columns = ranks <= 32 ? 32 : min64(divide_up(ranks, 64) * 64, kMaxRank);
+  const int64_t room = (device.smem_bytes - kVAt) / 2;
+  params.v_elements = static_cast<int32_t>(min64(kWideTileRows * StreamV::pitch(static_cast<int>(columns)), room));
+  if (params.v_elements < kLeastV) params.v_elements = kLeastV;
+  shape.smem_bytes = kVAt + params.v_elements * 2;
+  return p.dtype == DType::kBFloat16 ? launch<&expand_wide<__nv_bfloat16>>(device, shape, params, stream)
+                                     : launch<&expand_wide<__half>>(device, shape, params, stream);
 }
 
 }  // namespace
@@ -134,7 +140,7 @@ cudaError_t expand_wide_path(const LoraParams& p, int planes, cudaStream_t strea
     params.linear.follows_shrink = true;
     set_planes(params.linear, p, planes);
   }
-  return expand(params, p, p.v_width, stream);
+  return expand(params, p, divide_up(p.v_width, p.slices.count), stream);
 }
 
 bool wide_embedding_serves(const EmbeddingParams& e) {
@@ -149,7 +155,7 @@ bool wide_embedding_serves(const EmbeddingParams& e) {
 cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
   ExpandTask params{linear_task(e.lora), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}, 0};
   if (e.token_major) params.linear.a_rows_used = static_cast<int32_t>(e.vocab);
-  return expand(params, e.lora, kMaxRank, stream);
+  return expand(params, e.lora, embedding_rank(e), stream);
 }
 
 }  // namespace polylora::cuda

@@ -2,7 +2,8 @@
 //
 //   cluster  decode in one launch, 16-bit, aligned, 9.0 and later: linear_cluster.cu
 //   wide     prefill in one launch, 16-bit, aligned, 9.0: linear_wide.cu
-//   mma      prefill as a device of 8.0 runs it: shrink_wide.cu, expand_wide.cu
+//   mma      as a device of 8.0 runs it, decode: shrink_narrow.cu, expand_narrow.cu; prefill: shrink_wide.cu,
+//            expand_wide.cu
 //   general  everything: *_general.cu
 //
 // shrink on its own knows wide, mma and general; expand and embedding mma and general.
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/wide.cuh"
 #include "polylora/cuda.h"
@@ -20,9 +22,15 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int64_t kDecodeRows = 256;
-
 bool is_set(const char* text, const char* value) { return text && strcmp(text, value) == 0; }
+
+// Whether a call is decode: its kernels add in another order than those for more rows.
+bool is_few(const LoraParams& params) { return params.rows <= kDecodeRows && !batch_invariant(); }
+
+// Decode with as many bytes of weights as this is a stream, which two launches of independent blocks bring faster than
+// clusters, whose blocks wait for each other. H100, 32 adapters of rank 64, 64 rows, cluster and mma in us: 75 MB of
+// qkv 32.1 and 32.9, 75 MB of down 35.4 and 32.6, 84 MB of qkvz 39.8 and 35.5; 38 MB of qkv 18.6 and 19.0.
+constexpr int64_t kHeavyBytes = int64_t{64} << 20;
 
 enum class Path { kCluster, kWide, kMma, kGeneral };
 constexpr const char* kNames[] = {"cluster", "wide", "mma", "general"};
@@ -32,15 +40,15 @@ struct Served {
   bool path[4];
 };
 
-// `has`: the paths that the op has at all.
-cudaError_t choose(Served serves, Served has, Path& path) {
+// `has`: the paths that the op has at all. `first_choice`: the fastest one for the call.
+cudaError_t choose(Served serves, Served has, Path& path, Path first_choice = Path::kCluster) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const bool able[] = {device.major >= 9, device.major == 9, device.major >= 8, true};
   const char* forced = getenv("POLYLORA_PATH");
   const bool is_forced = forced != nullptr && *forced != 0;
-  int first = 0;
+  int first = static_cast<int>(first_choice);
   if (is_forced) {
     for (first = 0; first < 4 && !is_set(forced, kNames[first]);) ++first;
     if (first == 4) return cudaErrorInvalidValue;
@@ -57,14 +65,25 @@ cudaError_t choose(Served serves, Served has, Path& path) {
 }
 
 cudaError_t choose_linear(const LoraParams& params, Path& path) {
-  const bool cluster = params.rows <= kDecodeRows && !batch_invariant() && cluster_path_serves(params);
+  const bool cluster = is_few(params) && cluster_path_serves(params);
   const bool wide = wide_shrink_serves(params) && wide_expand_serves(params);
-  return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path);
+  const bool heavy = cluster && narrow_shrink_serves(params) && decode_weight_bytes(params) >= kHeavyBytes;
+  return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path, heavy ? Path::kMma : Path::kCluster);
 }
 
 cudaError_t choose_shrink(const LoraParams& params, Path& path) {
   const bool wide = wide_shrink_serves(params);
   return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path);
+}
+
+// How the mma path shares K.
+struct MmaSplit {
+  bool narrow;
+  int parts;
+};
+cudaError_t mma_split(const LoraParams& params, MmaSplit& split) {
+  split.narrow = is_few(params) && narrow_shrink_serves(params);
+  return split.narrow ? narrow_parts(params, split.parts) : mma_parts(params, split.parts);
 }
 
 }  // namespace
@@ -81,9 +100,9 @@ cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
     bytes = params.rows * params.v_width * int64_t{sizeof(float)};
     return cudaSuccess;
   }
-  int parts = 0;
-  error = mma_parts(params, parts);
-  bytes = plane_bytes(params, parts);
+  MmaSplit split{};
+  error = mma_split(params, split);
+  bytes = split.narrow ? narrow_plane_bytes(params, split.parts) : plane_bytes(params, split.parts);
   return error;
 }
 
@@ -94,10 +113,12 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
   if (path == Path::kCluster) return linear_cluster_path(params, stream);
   if (path == Path::kWide) return linear_wide_path(params, stream);
   if (path == Path::kMma) {
-    int parts = 0;
-    error = mma_parts(params, parts);
-    if (error == cudaSuccess) error = shrink_mma_path(params, parts, stream);
-    return error == cudaSuccess ? expand_wide_path(params, parts, stream) : error;
+    MmaSplit split{};
+    error = mma_split(params, split);
+    if (error != cudaSuccess) return error;
+    error = (split.narrow ? shrink_narrow_path : shrink_mma_path)(params, split.parts, stream);
+    if (error != cudaSuccess) return error;
+    return (split.narrow ? expand_narrow_path : expand_wide_path)(params, split.parts, stream);
   }
   LoraParams with_v = params;
   with_v.v = static_cast<float*>(params.scratch);
@@ -135,7 +156,8 @@ cudaError_t expand(const LoraParams& params, cudaStream_t stream) {
   const cudaError_t error =
       choose({{false, false, wide_expand_serves(params), true}}, {{false, false, true, true}}, path);
   if (error != cudaSuccess) return error;
-  return path == Path::kGeneral ? expand_general_path(params, stream) : expand_wide_path(params, 0, stream);
+  if (path == Path::kGeneral) return expand_general_path(params, stream);
+  return (is_few(params) ? expand_narrow_path : expand_wide_path)(params, 0, stream);
 }
 
 cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
@@ -143,7 +165,8 @@ cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
   const cudaError_t error =
       choose({{false, false, wide_embedding_serves(params), true}}, {{false, false, true, true}}, path);
   if (error != cudaSuccess) return error;
-  return path == Path::kGeneral ? embedding_general_path(params, stream) : embedding_wide_path(params, stream);
+  if (path == Path::kGeneral) return embedding_general_path(params, stream);
+  return (is_few(params.lora) ? embedding_narrow_path : embedding_wide_path)(params, stream);
 }
 
 }  // namespace polylora::cuda

@@ -24,38 +24,57 @@ constexpr int kThreads = 512;  // four warpgroups: two share the rows of a pass 
 constexpr int kSmem = 227 * 1024;
 constexpr int kPitch = StreamV::pitch(kMaxRank);
 constexpr int kVBytes = kWideTileRows * kPitch * 2;
-constexpr int kRing = kSmem - kVBytes - (static_cast<int>(sizeof(WideItem)) + 15) / 16 * 16;
-constexpr int stages_of(int bytes) { return kRing / bytes < 8 ? kRing / bytes : 8; }
+constexpr int kItemAt = kSmem - static_cast<int>(sizeof(WideItem));
+constexpr int kVAt = kItemAt - kVBytes;
 
 constexpr int kExpandStages = 5;
 constexpr int kPanelBytes = 32 * 1024;  // of B
 
-// The units of a part: those of the slices that the group has, in a row.
+constexpr int kSliceUnits = 4;  // what beginning another slice costs a block, in units: latencies
+
+// What a block of a cluster takes of the outputs: neighbouring units, slice after slice.
 struct Stretch {
   int slice = -1, first = 0, count = 0;
 
   // The next one with any units; false after the last.
   __device__ __forceinline__ bool next(const LinearTask& task, const WideItem& item, int part, int parts) {
-    int before = 0, all = 0;
+    // Where the group has all slices, each has blocks of its own, as far as there are enough.
+    int present = 0, all = -kSliceUnits, before = 0;
 #pragma unroll 1
     for (int s = 0; s < task.slices; ++s) {
       if (item.rank[s] == 0) continue;
-      const int units = (task.slice[s].width + kUnitN - 1) / kUnitN;
+      const int units = kSliceUnits + units_of(task, s);
       if (s <= slice) before += units;
       all += units;
+      ++present;
+    }
+    if (present == task.slices && task.first_part[present] == parts) {
+      if (slice >= 0) return false;
+      for (slice = 0; part >= task.first_part[slice + 1];) ++slice;
+      const int own = task.first_part[slice + 1] - task.first_part[slice];
+      const int index = part - task.first_part[slice];
+      const int units = units_of(task, slice);
+      first = units * index / own;
+      count = units * (index + 1) / own - first;
+      return count > 0;
     }
     const int begin = static_cast<int>(int64_t{all} * part / parts);
     const int end = static_cast<int>(int64_t{all} * (part + 1) / parts);
 #pragma unroll 1
     for (++slice; slice < task.slices; ++slice) {
       if (item.rank[slice] == 0) continue;
-      const int units = (task.slice[slice].width + kUnitN - 1) / kUnitN;
+      const int units = units_of(task, slice);
       first = max(begin - before, 0);
       count = min(end - before, units) - first;
       if (count > 0) return true;
-      before += units;
+      before += units + kSliceUnits;
     }
     return false;
+  }
+
+ private:
+  __device__ __forceinline__ static int units_of(const LinearTask& task, int s) {
+    return (task.slice[s].width + kUnitN - 1) / kUnitN;
   }
 };
 
@@ -66,43 +85,61 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   constexpr int kAllTiles = 2 * kTiles;
   using Copies = WideCopies<T, kThreads, kAllTiles>;
   using Stream = ExpandStream<T, kThreads, kExpandStages, kPanelBytes>;
-  constexpr int kStages = stages_of(shrink_stage_bytes(kAllTiles));
-  static_assert(Stream::kBytes <= kRing);
+  // Shared memory: y, B, v, item, and where B and v come later, x and A. Many ranks take the place of y, too; else the
+  // first of y comes after the last of x, while v is exchanged.
+  constexpr bool kEarlyY = kTiles <= 4;
+  constexpr int kRingAt = kEarlyY ? Stream::kPanelsAt : 0;
+  constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
+  constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
+  static_assert(Stream::kBytes <= kVAt && kRingAt % 1024 == 0);
   unsigned char* smem = ptx::dynamic_smem();
-  T* smem_v = reinterpret_cast<T*>(smem + kRing);
-  WideItem& item = *reinterpret_cast<WideItem*>(smem + kRing + kVBytes);
-  const int parts = max(task.planes, 1);
+  unsigned char* ring = smem + kRingAt;  // of x and A
+  T* smem_v = reinterpret_cast<T*>(smem + kVAt);
+  WideItem& item = *reinterpret_cast<WideItem*>(smem + kItemAt);
+  const auto parts = [] { return static_cast<int>(ptx::cluster_size()); };
   const int group = threadIdx.x / 128;
   const int first_tile = group / 2 * kTiles;  // of a pass
 
   ptx::launch_next_grid();
-  WideJob::read(task, item, blockIdx.x / parts);
+  WideJob::read(task, item, blockIdx.x / parts());
   bool guess = true;
 #pragma unroll 1
   while (true) {
     // ---- shrink
+    Stretch stretch;
+    bool more = false;
+    Stream stream(task, item, smem);
+    stream.set_none();
+    int started = Stream::kAhead;  // pieces of y
 #pragma unroll 1
     for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
       const Copies copies(task, item, base);
-      const Part chunks = chunks_of(task, ptx::cluster_rank(), parts);
+      const Part chunks = chunks_of(task, ptx::cluster_rank(), parts());
       if (guess) ptx::wait_for_previous_grid();
+      // read before all of x is asked for: else it would come last
+      const bool differs = guess && WideJob::differs(task, item);
       const bool real = item.index < item.tiles && item.rank_tiles > 0;
 #pragma unroll 1
       for (int i = 0; i < kStages - 1; ++i) {
-        if (real && chunks.begin + i < chunks.end) copies.start(smem + i * Copies::kStageBytes, chunks.begin + i);
+        if (real && chunks.begin + i < chunks.end) copies.start(ring + i * Copies::kStageBytes, chunks.begin + i);
         ptx::commit_copies();
       }
       if (guess) {
         guess = false;
-        if (__syncthreads_or(WideJob::differs(task, item))) {
+        if (__syncthreads_or(differs)) {
           ptx::wait_copies<0>();
           __syncthreads();
-          WideJob::read(task, item, blockIdx.x / parts);
+          WideJob::read(task, item, blockIdx.x / parts());
           base = -kAllTiles;
           continue;
         }
       }
-      if (!real) break;
+      if (item.index >= item.tiles || item.rank_tiles == 0) break;
+      if (kEarlyY && base + kAllTiles >= item.rank_tiles) {
+        more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
+        started = 0;
+        if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+      }
       float acc[kTiles][8];
 #pragma unroll
       for (int i = 0; i < kTiles * 8; ++i) acc[i / 8][i % 8] = 0.f;
@@ -114,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         ptx::wgmma_wait<0>();
         __syncthreads();  // the chunk is there for all, and all are done with the chunk before
         ptx::wgmma_fence();
-        const unsigned char* at = smem + stage * Copies::kStageBytes;
+        const unsigned char* at = ring + stage * Copies::kStageBytes;
         const uint64_t x = ptx::swizzled_rows(at + group % 2 * 64 * kChunkK * 2);
         const uint64_t a = ptx::swizzled_rows(at + Copies::kABytes + first_tile * kRankTile * kChunkK * 2);
         constexpr int kTile = kRankTile * kChunkK * 2 >> 4;
@@ -129,12 +166,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         }
         ptx::wgmma_commit();
         const int next = chunk + kStages - 1;
-        if (next < chunks.end) copies.start(smem + (stage == 0 ? kStages - 1 : stage - 1) * Copies::kStageBytes, next);
+        if (next < chunks.end) {
+          copies.start(ring + (stage == 0 ? kStages - 1 : stage - 1) * Copies::kStageBytes, next);
+        } else if (kEarlyY && started < Stream::kAhead) {
+          stream.start_piece(started++);
+        }
         ptx::commit_copies();
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       ptx::wgmma_wait<0>();
-      ptx::wait_copies<0>();
 
       const int lane = threadIdx.x % 32;
       const int first_row = threadIdx.x % 256 / 32 * 16 + lane / 4;
@@ -154,25 +194,30 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     if (item.rank_tiles > 0 && task.planes > 0) {
       ptx::cluster_arrive();
       bool exchanged = false;
-      Stretch stretch;
-      bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts);
+      if (!kEarlyY) more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
 #pragma unroll 1
       while (more) {
-        Stream stream(task, item, smem, stretch.slice, stretch.first, stretch.count);
+        const bool is_early = kEarlyY && !exchanged;
+        if (is_early) {
+          stream.start_rest(started);
+        } else {
+          stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+          stream.start();
+        }
         if (!exchanged) ptx::cluster_wait();
         exchanged = true;
-        load_v(smem_v, kPitch, task, item, nullptr, stretch.slice);
-        stream.run(smem_v, kPitch);
-        more = stretch.next(task, item, ptx::cluster_rank(), parts);
+        load_v(smem_v, kPitch, task, item, stretch.slice, {0, kWideTileRows});
+        stream.run(smem_v, kPitch, nullptr, is_early);
+        more = stretch.next(task, item, ptx::cluster_rank(), parts());
         __syncthreads();  // all are done with the ring and v
       }
       if (!exchanged) ptx::cluster_wait();
       if (task.y == nullptr) {
         const int part = ptx::cluster_rank();
-        add_planes_to_v(task, item, item.rows * part / parts, item.rows * (part + 1) / parts);
+        add_planes_to_v(task, item, item.rows * part / parts(), item.rows * (part + 1) / parts());
       }
     }
-    const int next = item.index + gridDim.x / parts;
+    const int next = item.index + gridDim.x / parts();
     if (next >= item.tiles) break;
     __syncthreads();
     WideJob::read(task, item, next);
@@ -184,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
 
 template <typename T, int kTiles>
 cudaError_t launch_wide(const Device& device, const LaunchShape& shape, const LinearTask& task, cudaStream_t stream) {
-  return launch<&linear_wide<T, kTiles>, kSmem>(device, shape, task, stream);
+  return launch<&linear_wide<T, kTiles>>(device, shape, task, stream);
 }
 
 template <typename T>
@@ -208,7 +253,7 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
   for (parts = static_cast<int>(most < 1 ? 1 : min64(most, kMaxParts)); parts > 1; --parts) {
     int clusters = 0;
     const cudaError_t error =
-        resident_clusters<&linear_wide<__nv_bfloat16, 1>, kSmem>(device, kThreads, parts, clusters);
+        resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
     if (error != cudaSuccess) return error;
     if (clusters >= tiles) break;
   }
@@ -236,10 +281,11 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   cudaError_t error = current_device(device);
   if (error == cudaSuccess) error = parts_of_k(p, device, parts);
   if (error == cudaSuccess) {
-    error = resident_clusters<&linear_wide<__nv_bfloat16, 1>, kSmem>(device, kThreads, parts, clusters);
+    error = resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
   }
   if (error != cudaSuccess) return error;
   if (p.y != nullptr || parts > 1) set_planes(task, p, parts);
+  if (p.y != nullptr && parts >= task.slices) share_parts(task, parts);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));
   shape.threads = kThreads;

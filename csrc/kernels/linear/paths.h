@@ -20,13 +20,21 @@ bool wide_embedding_serves(const EmbeddingParams& params);
 cudaError_t wide_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_wide_path(const LoraParams& params, cudaStream_t stream);
 
-/// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v.
+/// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v. With
+/// planes, expand follows shrink in the same call.
 cudaError_t mma_parts(const LoraParams& params, int& parts);
 cudaError_t shrink_mma_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t add_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
-/// With planes: after shrink_mma_path in the same call.
 cudaError_t expand_wide_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t embedding_wide_path(const EmbeddingParams& params, cudaStream_t stream);
+
+/// The same for decode: where the wide kernels serve and, for shrink, K allows it.
+inline constexpr int64_t kDecodeRows = 256;
+bool narrow_shrink_serves(const LoraParams& params);
+cudaError_t narrow_parts(const LoraParams& params, int& parts);
+cudaError_t shrink_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t expand_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t embedding_narrow_path(const EmbeddingParams& params, cudaStream_t stream);
 
 /// POLYLORA_BATCH_INVARIANT: sums in an order that no other row and no number of rows changes.
 bool batch_invariant();

@@ -5,7 +5,7 @@
 // the N side; a warp takes 32 rows and every second tile of 16 ranks. Few rows: blocks share the K of a tile, each
 // writes a plane of v of its own, and add_planes.cu adds them in order.
 //
-// More ranks than the registers hold: further passes over x. Hopper has a kernel of its own: shrink_wgmma.cu.
+// More ranks than the registers hold: further passes over x. Hopper has a kernel of its own: linear_wide.cu.
 #include "linear/paths.h"
 #include "linear/wide.cuh"
 
@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStages = 3;
+
+constexpr int smem_bytes(int tiles) { return kStages * shrink_stage_bytes(tiles) + static_cast<int>(sizeof(WideItem)); }
 
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles > 8 ? 1 : 2) shrink_wide(const __grid_constant__ LinearTask task) {
@@ -107,17 +109,17 @@ struct WideShrink {
 
 template <typename T, int kTiles>
 cudaError_t launch_shrink(const WideShrink& how, cudaStream_t stream) {
-  constexpr int kSmem = kStages * shrink_stage_bytes(kTiles) + static_cast<int>(sizeof(WideItem));
   LaunchShape shape = how.shape;
-  shape.smem_bytes = kSmem;
-  return launch<&shrink_wide<T, kTiles>, kSmem>(how.device, shape, how.task, stream);
+  shape.smem_bytes = smem_bytes(kTiles);
+  return launch<&shrink_wide<T, kTiles>>(how.device, shape, how.task, stream);
 }
 
 template <typename T>
 cudaError_t launch_shrink(const WideShrink& how, int rank_tiles, cudaStream_t stream) {
   if (rank_tiles <= 2) return launch_shrink<T, 2>(how, stream);
   if (rank_tiles <= 4) return launch_shrink<T, 4>(how, stream);
-  if (rank_tiles <= 8) return launch_shrink<T, 8>(how, stream);
+  // where shared memory is too small for 16: passes over x
+  if (rank_tiles <= 8 || how.device.smem_bytes < smem_bytes(16)) return launch_shrink<T, 8>(how, stream);
   return launch_shrink<T, 16>(how, stream);
 }
 

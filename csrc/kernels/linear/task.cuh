@@ -45,7 +45,9 @@ struct LinearTask {
   int32_t k_split_log2;  // decode: warps that share K
   int32_t rank_cap;      // decode: ranks that shared memory has room for
   int32_t a_rows_used;   // of an entry; 0: its rank
-  bool follows_shrink;   // the kernel before is our own of the same call: only v is still being written
+  uint8_t
+      first_part[kMaxSlices + 1];  // prefill in one launch: of the cluster's blocks, each slice's first; all zero: none
+  bool follows_shrink;             // the kernel before is our own of the same call: only v is still being written
   LinearSlice slice[kMaxSlices];
 
   /// The slice of a unit.
@@ -102,6 +104,21 @@ inline LinearTask linear_task(const LoraParams& p) {
   return task;
 }
 
+/// Gives each slice some of `parts` (at least one each) blocks that share the outputs of a tile, so that the most
+/// outputs of a block are as few as can be.
+inline void share_parts(LinearTask& task, int parts) {
+  int own[kMaxSlices];
+  for (int s = 0; s < task.slices; ++s) own[s] = 1;
+  for (int left = parts - task.slices; left > 0; --left) {
+    int most = 0;
+    for (int s = 1; s < task.slices; ++s) {
+      if (int64_t{task.slice[s].width} * own[most] > int64_t{task.slice[most].width} * own[s]) most = s;
+    }
+    ++own[most];
+  }
+  for (int s = 0; s < task.slices; ++s) task.first_part[s + 1] = static_cast<uint16_t>(task.first_part[s] + own[s]);
+}
+
 /// Whether x and A can be read in 16-byte pieces, and every number fits the task.
 inline bool fast_shrink_serves(const LoraParams& p) {
   if (p.dtype == DType::kFloat32 || p.x_div != 0 || p.row_map || p.row_weight) return false;
@@ -125,6 +142,13 @@ inline bool fast_expand_serves(const LoraParams& p) {
     if (p.slices.width[s] % 8 != 0 || p.slices.col[s] % 8 != 0 || p.slices.col[s] > INT32_MAX) return false;
   }
   return true;
+}
+
+/// Ranks of an embedding's slices, from how A lies: next to each other within a token, or an even share of rows for
+/// each group.
+inline int64_t embedding_rank(const EmbeddingParams& e) {
+  const int64_t rank = e.token_major ? e.lora.slices.a_stride[0] : e.lora.slices.a_rows[0] / e.lora.slices.groups;
+  return rank < 1 ? 1 : min64(rank, kMaxRank);
 }
 
 }  // namespace polylora::cuda

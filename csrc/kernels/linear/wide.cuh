@@ -1,7 +1,7 @@
 // What the kernels for wide tiles share: the item, its copies of x and A, and where the sums go.
 #pragma once
 
-#include "linear/task.cuh"
+#include "linear/v_source.cuh"
 
 namespace polylora::cuda {
 
@@ -17,7 +17,7 @@ struct RankTile {
 struct WideItem {
   int32_t head[8];  // of the plan: version, rows, groups, wide tiles; of the tile: group, position, rows
   SliceEntry entry[kMaxSlices];
-  int32_t row[kWideTileRows];  // beyond the tile's end the last; negative: nothing is added to it
+  int32_t row[kWideTileRows];  // beyond the tile's end the last
   int32_t index;               // of the tile
   // derived
   int32_t tiles;                        // of the plan
@@ -27,6 +27,7 @@ struct WideItem {
   int32_t rank_tiles;
   RankTile rank_tile[kMaxRankTiles];
 };
+static_assert(sizeof(WideItem) % 16 == 0);  // what lies behind it is read in 16-byte pieces
 
 /// The words that a WideItem is made of, one a thread, so that one load a thread reads them again: the item is read
 /// before the kernel before has ended, and compared after it. Whatever stands in memory, nothing outside plan and table
@@ -111,24 +112,24 @@ class WideJob {
       const int64_t a_rows_used = task.a_rows_used > 0 ? task.a_rows_used : entry.rank;
       if (entry_fits(entry, a_rows_used, slice.a_rows, slice.width, slice.b_elements, task.v_width)) rank = entry.rank;
     }
-    int shares_with = lane;
-    int first = 0;  // rank tile
-#pragma unroll 1
-    for (int s = 0; s < task.slices; ++s) {
-      const int other = __shfl_sync(0xffffffffu, rank, s);
-      const bool own = __shfl_sync(0xffffffffu, shares_with, s) == s;  // final: its turn has come
-      if (!own || other != rank || s >= lane || lane >= task.slices || shares_with != lane) continue;
-      const bool same_a = task.slice[s].a == task.slice[lane].a && item.entry[s].a_row == item.entry[lane].a_row;
-      if (same_a && item.entry[s].v_col == item.entry[lane].v_col) shares_with = s;
-    }
+    // slices that multiply x with the same A into the same place share it: the first of them owns the rank tiles
+    const SliceEntry& own_entry = item.entry[min(lane, task.slices - 1)];
+    const uint64_t place =
+        static_cast<uint64_t>(static_cast<uint32_t>(own_entry.a_row)) << 32 | static_cast<uint32_t>(own_entry.v_col);
+    const auto* a = static_cast<const char*>(task.slice[min(lane, task.slices - 1)].a);
+    const uint32_t same = __match_any_sync(0xffffffffu, rank) & __match_any_sync(0xffffffffu, place) &
+                          __match_any_sync(0xffffffffu, reinterpret_cast<uint64_t>(a));
+    const int shares_with = __ffs(same) - 1;
     const bool own = rank > 0 && shares_with == lane;
-#pragma unroll 1
-    for (int s = 0; s < task.slices; ++s) {
-      const int tiles = __shfl_sync(0xffffffffu, own ? (rank + kRankTile - 1) / kRankTile : 0, s);
-      if (s < lane) first += tiles;
+    const int tiles = own ? (rank + kRankTile - 1) / kRankTile : 0;
+    int first = tiles;  // rank tile: of the slices before
+#pragma unroll
+    for (int step = 1; step < kMaxSlices; step *= 2) {
+      const int before = __shfl_up_sync(0xffffffffu, first, step);
+      if (lane >= step) first += before;
     }
-    const int all = __shfl_sync(0xffffffffu, first, 31);
-    first = __shfl_sync(0xffffffffu, first, shares_with);
+    const int all = __shfl_sync(0xffffffffu, first, kMaxSlices - 1);
+    first = __shfl_sync(0xffffffffu, first - tiles, shares_with);
     // a table that claims more distinct ranks than v has columns for: no plane has room for them
     const bool room = task.planes == 0 || all * kRankTile <= task.plane_width;
     if (lane < task.slices) {
@@ -255,25 +256,6 @@ class SumStore {
   const int row_, r_;
   float* plane_;
 };
-
-/// Four ranks from the planes' column `column` on, of a position: the parts of K in their order, eight on their way at
-/// once.
-__device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos, int column) {
-  const float* from = task.plane + pos * task.plane_width + column;
-  float4 sum{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-  for (int i = 0; i < task.planes; i += 8) {
-    float4 next[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      next[j] = {0.f, 0.f, 0.f, 0.f};
-      if (i + j < task.planes) next[j] = *reinterpret_cast<const float4*>(from + (i + j) * task.plane_elements);
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) add(sum, next[j]);
-  }
-  return sum;
-}
 
 /// v of rows [begin, end) of the item from its planes.
 __device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const WideItem& item, int begin, int end) {

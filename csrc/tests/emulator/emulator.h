@@ -204,6 +204,22 @@ inline T __shfl_sync(unsigned, T value, int from) {
     for (int i = 0; i < 32; ++i) *out[i] = in[in[i]->from & 31]->value;
   });
 }
+template <typename T>
+inline T __shfl_up_sync(unsigned, T value, int distance) {
+  return polylora::emulator::warp_wide<T>(value, [distance](const T* const* in, T* const* out) {
+    for (int i = 0; i < 32; ++i) *out[i] = *in[i < distance ? i : i - distance];
+  });
+}
+template <typename T>
+inline unsigned __match_any_sync(unsigned, T value) {
+  return polylora::emulator::warp_wide<unsigned>(value, [](const T* const* in, unsigned* const* out) {
+    for (int i = 0; i < 32; ++i) {
+      *out[i] = 0;
+      for (int j = 0; j < 32; ++j) *out[i] |= unsigned{*in[i] == *in[j]} << j;
+    }
+  });
+}
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline bool __any_sync(unsigned, bool value) {
   return polylora::emulator::warp_wide<int>(value, [](const bool* const* in, int* const* out) {
     int any = 0;

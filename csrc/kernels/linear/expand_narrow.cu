@@ -1,0 +1,170 @@
+// expand for decode, sm_80 and later: y += scale * v B^T for up to 8 rows of one group and one slice. v comes from
+// shrink_narrow.cu in planes, from the caller, or is looked up by token.
+//
+// A block takes a part of the outputs, its warps a unit in turn. v is made once a block, in shared memory. B and y of a
+// warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended. Else
+// the job is read before the kernel before has ended, and again after it (as in linear_cluster.cu).
+#include "linear/narrow.cuh"
+#include "linear/paths.h"
+#include "linear/v_source.cuh"
+
+namespace polylora::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kBlocksPerSm = 2;
+
+struct NarrowTask {
+  LinearTask linear;
+  TokenSource tokens;
+};
+
+constexpr int v_pitch(int rank_cap) { return (rank_cap + 63) / 64 * 64 + 16; }  // rows of a warp in different banks
+constexpr int smem_bytes(int rank_cap) { return kJobRows * v_pitch(rank_cap) * 2; }
+
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __grid_constant__ NarrowTask params) {
+  using Expand = NarrowExpand<T, kWide>;
+  const LinearTask& task = params.linear;
+  const bool is_lookup = params.tokens.ids != nullptr;
+  T* smem_v = reinterpret_cast<T*>(ptx::dynamic_smem());
+  const int pitch = v_pitch(task.rank_cap);
+  int s = 0;
+  while (static_cast<int>(blockIdx.y) >= task.first_part[s + 1]) ++s;
+  const LinearSlice& slice = task.slice[s];
+  const int warp = threadIdx.x / 32;
+  const int g = threadIdx.x % 32 / 4;
+  const int units = (slice.width + Expand::kOutputs - 1) / Expand::kOutputs;
+  const int parts = task.first_part[s + 1] - task.first_part[s];
+  const int part = static_cast<int>(blockIdx.y) - task.first_part[s];
+  const Part n = {units * part / parts, units * (part + 1) / parts};
+
+  ptx::launch_next_grid();
+  int index = blockIdx.x;
+  NarrowJob job;
+  job.read(task, index, s);
+  bool guess = !task.follows_shrink;
+  bool waited = false;
+#pragma unroll 1
+  while (true) {
+    const int jobs = job.jobs(task);
+    const int rows = job.rows(index);
+    const SliceEntry entry = job.entry();
+    const int a_rows = task.a_rows_used > 0 ? task.a_rows_used : entry.rank;
+    const bool fits = entry_fits(entry, a_rows, slice.a_rows, slice.width, slice.b_elements, task.v_width) &&
+                      entry.rank <= task.rank_cap;
+    const int rank = index < jobs && rows > 0 && fits ? entry.rank : 0;
+    const int64_t row = job.row(task, g);
+    const int alignment = static_cast<int>(entry.b_offset) | entry.b_stride;
+    if (guess) {
+      waited = true;
+      ptx::wait_for_previous_grid();
+    }
+    const int32_t now = guess ? ptx::load_fresh4(job.at) : job.word;
+    Expand expand(slice);
+    expand.clear();
+    expand.begin(task, n.begin + warp, row, entry.b_offset, entry.b_stride);
+    if (rank > 0 && expand.unit < n.end) expand.load(0, rank, g < rows, entry.b_stride, alignment);
+    if (guess) {
+      guess = false;
+      if (__any_sync(0xffffffffu, now != job.word)) {  // all warps end with what is there now: no barrier is needed
+        job.read(task, index, s);
+        continue;
+      }
+    }
+    if (index >= jobs) break;
+
+    if (rank > 0) {
+      if (!waited) {
+        waited = true;
+        ptx::wait_for_previous_grid();  // v is there
+      }
+      // v as 16-bit operands; of sums, the one rounding happens here, unscaled as in the plain formula
+      const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
+      const int first = job.position(task, index, 0);
+#pragma unroll 1
+      for (int base = 0; base < rows * quads_a_row; base += kThreads) {
+        const int i = base + static_cast<int>(threadIdx.x);
+        const int v_row = min(i / quads_a_row, rows - 1);
+        const int64_t batch_row = job.row(task, v_row);  // of all lanes at once
+        const int r = (i - v_row * quads_a_row) * 4;
+        if (i >= rows * quads_a_row) continue;
+        uint2 bits;
+        if (is_lookup) {
+          bits = look_up(slice, entry.a_row, rank, params.tokens.token_major, token_of(params.tokens, batch_row), r);
+        } else {
+          const int position = min(first + v_row, task.rows - 1);
+          const float4 sum = task.planes > 0 ? add_planes(task, position, s * task.rank_cap + r)
+                                             : load_v4(task, batch_row, entry.v_col, r, rank);
+          bits = {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
+        }
+        *reinterpret_cast<uint2*>(smem_v + v_row * pitch + r) = bits;
+      }
+      const bool has_row = g < rows && (!is_lookup || token_of(params.tokens, row) >= 0);
+      __syncthreads();
+      int r = 0;
+#pragma unroll 1
+      while (expand.unit < n.end) {
+        r = expand.multiply(r, rank, alignment, smem_v + g * pitch);
+        if (r >= rank) {
+          expand.store(entry.scale, has_row);
+          expand.next(kWarps, entry.b_stride);
+          if (expand.unit >= n.end) break;
+          r = 0;
+        }
+        expand.load(r, rank, has_row, entry.b_stride, alignment);
+      }
+    }
+    index += gridDim.x;
+    if (index >= jobs) break;
+    __syncthreads();  // all are done with v
+    job.read(task, index, s);
+  }
+  if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
+}
+
+// `rank`: that most slices may have.
+cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaStream_t stream) {
+  LinearTask& task = params.linear;
+  if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const bool wide = rank >= 32;
+  // a unit of outputs a warp, as long as the blocks are not far more than the device holds
+  int64_t units = 0;
+  for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide ? 32 : 64);
+  // a lookup is short: half as many, so that the next kernel's may stand beside
+  const int64_t fit = (params.tokens.ids != nullptr ? 1 : kBlocksPerSm) * device.sms / narrow_jobs(p);
+  const int64_t parts = min64(divide_up(units, kWarps), fit);
+  share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(task.max_tiles), task.first_part[task.slices]);
+  shape.threads = kThreads;
+  shape.smem_bytes = smem_bytes(task.rank_cap);
+  shape.overlap = true;
+  if (p.dtype == DType::kBFloat16) {
+    return wide ? launch<&expand_narrow<__nv_bfloat16, true>>(device, shape, params, stream)
+                : launch<&expand_narrow<__nv_bfloat16, false>>(device, shape, params, stream);
+  }
+  return wide ? launch<&expand_narrow<__half, true>>(device, shape, params, stream)
+              : launch<&expand_narrow<__half, false>>(device, shape, params, stream);
+}
+
+}  // namespace
+
+cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  NarrowTask params{narrow_task(p, planes), {}};
+  params.linear.follows_shrink = planes > 0;
+  return expand(params, p, divide_up(p.v_width, p.slices.count), stream);
+}
+
+cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream) {
+  const LoraParams& p = e.lora;
+  NarrowTask params{narrow_task(p, 0), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}};
+  if (e.token_major) params.linear.a_rows_used = static_cast<int32_t>(e.vocab);
+  return expand(params, p, embedding_rank(e), stream);
+}
+
+}  // namespace polylora::cuda

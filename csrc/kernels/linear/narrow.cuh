@@ -1,0 +1,354 @@
+// What the kernels for few rows share: the job of a warp, its products, its outputs.
+//
+// Rows of the batch are on the M side of mma, weights on its N side: the registers of a 16-byte load of weights are
+// operands as they are. Lanes that would read beyond a rank, a width or the rows of a tile read a neighbour's element
+// instead and drop the result; only the summed index needs true zeros.
+//
+// Column 2t + e of mma i stands for output 8t + 2i + e of 32, so that lane 4g + t owns 8 consecutive outputs of row g:
+// 16 bytes of y at a time, without a transpose.
+#pragma once
+
+#include "linear/task.cuh"
+
+namespace polylora::cuda {
+
+inline constexpr int kUnitK = 32;   // elements of K that a quad of lanes loads at once
+inline constexpr int kJobRows = 8;  // half of a tile
+
+/// What a warp works on: words of the plan and the table, one a lane, so that one load a lane reads them again. Lanes
+/// 0-3 and 7: the plan's version, rows, groups, tiles, longest run. 4-6, 24-26: the tile, where a tile is one job or
+/// two. 8-14: the slice's entry. 16-23: the job's rows, beyond its end the last.
+struct NarrowJob {
+  const int32_t* at;
+  int32_t word;
+
+  // Whatever stands in memory, nothing outside plan and table is read.
+  __device__ __forceinline__ void read(const LinearTask& task, int index, int slice) {
+    const int lane = threadIdx.x % 32;
+    static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2 && kPlanTiles == 5 && kPlanMaxRun == 7);
+    const int tile = min(lane < 16 ? index : index / 2, task.max_tiles - 1);
+    at = lane < 4 || lane == 7 ? task.header + (lane == 3 ? kPlanTiles : lane)
+                               : reinterpret_cast<const int32_t*>(task.tile + tile) + (lane & 3);
+    word = ptx::load_fresh4(at);
+    const int from = tile_lane();
+    const uint32_t group = min(static_cast<uint32_t>(get(from)), static_cast<uint32_t>(task.groups - 1));
+    const int row = get(from + 1) + (two_a_tile() ? index % 2 * kJobRows : 0) + min(lane & 7, max(rows(index) - 1, 0));
+    const int32_t* second =
+        lane < 16
+            ? reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices + slice) + min(lane & 7, 6)
+            : task.order + min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1));
+    if (lane >= 8 && lane < 24) {
+      at = second;
+      word = ptx::load_fresh4(at);
+    }
+  }
+  __device__ __forceinline__ int32_t get(int lane) const { return __shfl_sync(0xffffffffu, word, lane); }
+  __device__ __forceinline__ bool two_a_tile() const { return get(7) > kJobRows; }
+  __device__ __forceinline__ int tile_lane() const { return two_a_tile() ? 24 : 4; }
+
+  // Of the whole grid.
+  __device__ __forceinline__ int jobs(const LinearTask& task) const {
+    const bool fits = get(0) == kPlanVersionValue && get(1) == task.rows && get(2) == task.groups;
+    return fits ? min(get(3), task.max_tiles) << two_a_tile() : 0;
+  }
+  // 0 where a tile has no second half.
+  __device__ __forceinline__ int rows(int index) const {
+    return min(max(get(tile_lane() + 2) - (two_a_tile() ? index % 2 * kJobRows : 0), 0), kJobRows);
+  }
+  /// Of its `i`th row in the plan's order, inside it whatever the plan says.
+  __device__ __forceinline__ int position(const LinearTask& task, int index, int i) const {
+    const int first = get(tile_lane() + 1) + (two_a_tile() ? index % 2 * kJobRows : 0);
+    return min(static_cast<uint32_t>(first + i), static_cast<uint32_t>(task.rows - 1));
+  }
+  __device__ __forceinline__ SliceEntry entry() const {
+    const uint64_t offset =
+        static_cast<uint64_t>(static_cast<uint32_t>(get(13))) << 32 | static_cast<uint32_t>(get(12));
+    return {get(8), get(9), get(10), get(11), static_cast<int64_t>(offset), __int_as_float(get(14)), 0};
+  }
+  __device__ __forceinline__ int row(const LinearTask& task, int i) const {
+    return min(static_cast<uint32_t>(get(16 + i)), static_cast<uint32_t>(task.rows - 1));
+  }
+};
+
+// Ranks r..r+3 of a row of B, zeros beyond the true rank, which are not read. Out of line: for what is unaligned, or a
+// rank that is no multiple of 4.
+template <typename T>
+__device__ __attribute__((noinline)) uint2 load_ranks(const T* row, int r, int rank) {
+  uint32_t pair[2] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (r + i < rank) pair[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(row)[r + i]} << (i % 2 * 16);
+  }
+  return {pair[0], pair[1]};
+}
+
+// The sum of 2^count_log2 quads (16 at most), `stride` quads apart, in order.
+__device__ __forceinline__ float4 add_quads(const float4* quad, int stride, int count_log2) {
+  float4 sum = quad[0];
+  if (count_log2 == 0) return sum;
+  add(sum, quad[stride]);
+#pragma unroll
+  for (int have = 2; have <= 8; have *= 2) {
+    if (1 << count_log2 == have) return sum;
+    float4 next[4];
+#pragma unroll
+    for (int base = 0; base < have; base += 4) {
+#pragma unroll
+      for (int i = 0; i < 4 && i < have; ++i) next[i] = quad[(have + base + i) * stride];
+#pragma unroll
+      for (int i = 0; i < 4 && i < have; ++i) add(sum, next[i]);
+    }
+  }
+  return sum;
+}
+
+/// 16 ranks of x A^T for the job's rows, over units of K.
+template <typename T, int kStepUnits>
+struct NarrowShrink {
+  const T *x, *a_low, *a_high;  // row g of x, ranks r + g and r + g + 8, element 8t on
+  float acc[2][4];
+  uint4 a_frag[kStepUnits][2], x_frag[kStepUnits];
+
+  // The registers of what a path may leave unset would be kept through the whole kernel.
+  __device__ __forceinline__ void clear() {
+    clear_sums();
+#pragma unroll
+    for (int i = 0; i < kStepUnits; ++i) a_frag[i][0] = a_frag[i][1] = x_frag[i] = uint4{0, 0, 0, 0};
+  }
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.f;
+  }
+  __device__ __forceinline__ void set_ranks(const LinearSlice& slice, int a_row, int r, int rank) {
+    const int g = threadIdx.x % 32 / 4;
+    const T* a = static_cast<const T*>(slice.a) + threadIdx.x % 4 * 8;
+    a_low = a + int64_t{a_row + min(r + g, rank - 1)} * slice.a_stride;
+    a_high = a + int64_t{a_row + min(r + g + 8, rank - 1)} * slice.a_stride;
+  }
+  /// Units u to u + kStepUnits.
+  __device__ __forceinline__ void load(int u, int end) {
+#pragma unroll
+    for (int i = 0; i < kStepUnits; ++i) {
+      if (u + i >= end) break;
+      const int offset = (u + i) * kUnitK;
+      a_frag[i][0] = ptx::load_weights16(a_low + offset);
+      a_frag[i][1] = ptx::load_weights16(a_high + offset);
+      x_frag[i] = ptx::load16(x + offset);
+    }
+  }
+  __device__ __forceinline__ void multiply(int u, int end) {
+#pragma unroll
+    for (int i = 0; i < kStepUnits; ++i) {
+      if (u + i >= end) break;
+      const Rows32 rows_of_x(x_frag[i], {0, 0, 0, 0});
+      mma_32<T>(acc[0], rows_of_x, a_frag[i][0]);
+      mma_32<T>(acc[1], rows_of_x, a_frag[i][1]);
+    }
+  }
+  /// Ranks 2t, 2t + 1 of the first and second 8, of row g; zeros beyond the true rank. `to`: of row g and rank r.
+  __device__ __forceinline__ void store(float* to, int r, int rank, bool has_row) {
+    const int t = threadIdx.x % 4;
+    const int left = rank - r - 2 * t;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int ranks = i * 8;
+      const float2 pair{ranks < left ? acc[i][0] : 0.f, ranks + 1 < left ? acc[i][1] : 0.f};
+      if (has_row) *reinterpret_cast<float2*>(to + 2 * t + ranks) = pair;
+    }
+    clear_sums();
+  }
+};
+
+/// y += scale * v B^T, a unit of outputs at a time. kWide: made for ranks of 32 and more (units of 32 outputs, 64 ranks
+/// at a time), else for less (64 outputs, 16 ranks); both take any rank.
+template <typename T, bool kWide>
+struct NarrowExpand {
+  static constexpr int kOutputs = kWide ? 32 : 64;
+  static constexpr int kHalves = kOutputs / 32;
+
+  const LinearSlice& slice;
+  int unit;
+  const T* b;                // of the unit's output g % 2
+  const T* b_half[kHalves];  // of this lane's first output of the first or second 32
+  T* y;
+  float acc[kHalves * 4][4];
+  uint4 b_frag[8], y_frag[kHalves];
+  uint32_t v_frag[4];  // up to 16 ranks: from outside, or from shared memory
+
+  __device__ __forceinline__ explicit NarrowExpand(const LinearSlice& of) : slice(of) {}
+
+  __device__ __forceinline__ void begin(const LinearTask& task, int first_unit, int64_t row, int64_t b_offset,
+                                        int b_stride) {
+    const int g = threadIdx.x % 32 / 4;
+    unit = first_unit;
+    b = static_cast<const T*>(slice.b) + b_offset + (unit * kOutputs + g % 2) * int64_t{b_stride};
+    y = static_cast<T*>(task.y) + row * task.y_stride + slice.col + unit * kOutputs + threadIdx.x % 4 * 8;
+    set_halves(b_stride);
+  }
+  __device__ __forceinline__ void next(int units, int b_stride) {
+    unit += units;
+    b += units * kOutputs * int64_t{b_stride};
+    y += units * kOutputs;
+    set_halves(b_stride);
+    clear_sums();
+  }
+  __device__ __forceinline__ void clear() {
+    clear_sums();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) b_frag[i] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) y_frag[i] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v_frag[i] = 0;
+  }
+
+  __device__ __forceinline__ static bool is_wide(int r, int rank, int alignment) {
+    return kWide && r + 32 <= rank && (alignment & 7) == 0;
+  }
+
+  /// B of ranks r on, and y with the first. alignment: offset and stride of B, or-ed.
+  __device__ __forceinline__ void load(int r, int rank, bool has_row, int b_stride, int alignment) {
+    const int t = threadIdx.x % 4;
+    if (r == 0) {
+#pragma unroll
+      for (int i = 0; i < kHalves; ++i) {
+        if (has_piece(i, has_row)) y_frag[i] = ptx::load16(y + i * 32);
+      }
+    }
+    const auto b_row = [&](int j) { return b_half[j / 4 % kHalves] + int64_t{j % 4 * 2} * b_stride; };
+    if (is_wide(r, rank, alignment)) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b_frag[j] = ptx::load_weights16(b_row(j) + r + 8 * t);
+      if (is_wide(r + 32, rank, alignment)) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b_frag[4 + j] = ptx::load_weights16(b_row(j) + r + 32 + 8 * t);
+      }
+    } else if ((alignment & 3) == 0 && rank % 4 == 0) {
+      const bool inside = r + 4 * t < rank;
+#pragma unroll
+      for (int j = 0; j < kHalves * 4; ++j) {
+        const uint2 ranks = ptx::load_weights8_if(inside, b_row(j) + r + 4 * t);
+        b_frag[j].x = ranks.x;
+        b_frag[j].y = ranks.y;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kHalves * 4; ++j) {
+        const uint2 ranks = load_ranks(b_row(j), r + 4 * t, rank);
+        b_frag[j].x = ranks.x;
+        b_frag[j].y = ranks.y;
+      }
+    }
+  }
+
+  /// What load brought. `v`: of row g in shared memory; null: v_frag holds it. Returns the next rank.
+  __device__ __forceinline__ int multiply(int r, int rank, int alignment, const T* v) {
+    const int t = threadIdx.x % 4;
+    if (is_wide(r, rank, alignment)) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (i == 1 && !is_wide(r, rank, alignment)) break;
+        const uint4 low = *reinterpret_cast<const uint4*>(v + r + 8 * t);
+        const Rows32 rows_of_v(low, {0, 0, 0, 0});
+#pragma unroll
+        for (int j = 0; j < kHalves * 4; ++j) mma_32<T>(acc[j], rows_of_v, b_frag[4 * i % 8 + j]);
+        r += 32;
+      }
+      return r;
+    }
+    if (v != nullptr) {
+      const uint2 low = *reinterpret_cast<const uint2*>(v + r + 4 * t);
+      v_frag[0] = low.x;
+      v_frag[2] = low.y;
+    }
+#pragma unroll
+    for (int j = 0; j < kHalves * 4; ++j) {
+      const uint32_t weights[2] = {b_frag[j].x, b_frag[j].y};
+      ptx::mma_m16n8k16<T>(acc[j], v_frag, weights);
+    }
+    return r + 16;
+  }
+
+  __device__ __forceinline__ void store(float scale, bool has_row) const {
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) {
+      if (!has_piece(i, has_row)) continue;
+      float delta[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) delta[j] = acc[i * 4 + j / 2][j % 2];
+      ptx::store16(y + i * 32, add_scaled<T>(y_frag[i], scale, delta));
+    }
+  }
+
+ private:
+  // of this lane's y: the first or second 32 outputs
+  __device__ __forceinline__ bool has_piece(int i, bool has_row) const {
+    return has_row && unit * kOutputs + i * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;
+  }
+  // output 8 * (g / 2) + 2j + g % 2 of 32 is row g of mma j; beyond the width: of the unit's first 8
+  __device__ __forceinline__ void set_halves(int b_stride) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) {
+      const int eight = i * 32 + g / 2 * 8;
+      b_half[i] = b + int64_t{unit * kOutputs + eight < slice.width ? eight : 0} * b_stride;
+    }
+  }
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < kHalves * 16; ++i) acc[i / 4][i % 4] = 0.f;
+  }
+};
+
+/// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on.
+template <typename T>
+__device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank, int outputs) {
+  if ((reinterpret_cast<uintptr_t>(from) & 15) != 0 || b_stride % 8 != 0) return;
+  const int threads = static_cast<int>(blockDim.x);
+  if (b_stride <= rank + 8) {  // rows close together: in pieces of 1 KiB
+    const int all = ((outputs - 1) * b_stride + rank) * 2 & ~15;
+#pragma unroll 1
+    for (int i = threadIdx.x * 1024; i < all; i += threads * 1024) {
+      ptx::prefetch_bulk(reinterpret_cast<const char*>(from) + i, min(all - i, 1024));
+    }
+  } else if (rank >= 8) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < outputs; i += threads)
+      ptx::prefetch_bulk(from + int64_t{i} * b_stride, rank / 8 * 16);
+  }
+}
+
+// ---- host
+
+/// Jobs of a call, as far as its capacities tell.
+inline int64_t narrow_jobs(const LoraParams& p) {
+  const int64_t runs = plan_max_runs(p.rows, p.slices.groups);
+  return runs > p.rows / kTileRows ? runs : p.rows / kTileRows;
+}
+
+/// Bytes of A and B that these read, with an even share of v for each slice.
+inline int64_t decode_weight_bytes(const LoraParams& p) {
+  int64_t elements_a_rank = p.k * p.slices.count;
+  for (int s = 0; s < p.slices.count; ++s) elements_a_rank += p.slices.width[s];
+  return narrow_jobs(p) * elements_a_rank * divide_up(p.v_width, p.slices.count) * 2;
+}
+
+/// The task of kernels for few rows. Planes: in the call's scratch, a row for each position of the plan's order,
+/// rank_cap columns for each slice.
+inline LinearTask narrow_task(const LoraParams& p, int planes) {
+  LinearTask task = linear_task(p);
+  task.tile = p.plan.tile;
+  task.max_tiles = static_cast<int32_t>(p.plan.max_tiles);
+  task.rank_cap = static_cast<int32_t>(divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile);
+  task.planes = planes;
+  task.plane = static_cast<float*>(p.scratch);
+  task.plane_width = task.slices * task.rank_cap;
+  task.plane_elements = p.rows * task.plane_width;
+  return task;
+}
+inline int64_t narrow_plane_bytes(const LoraParams& p, int planes) {
+  return planes * p.rows * p.slices.count * divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile *
+         int64_t{sizeof(float)};
+}
+
+}  // namespace polylora::cuda

@@ -1,0 +1,116 @@
+// shrink for decode, sm_80 and later, before expand_narrow.cu: planes of v = x A^T for up to 8 rows of one group and
+// one slice. A block takes a part of K; its warps share ranks first, then K. Each block writes its sums to a plane.
+//
+// Where blocks can store into each other's memory, linear_cluster.cu does both halves in one launch.
+#include "linear/narrow.cuh"
+#include "linear/paths.h"
+
+namespace polylora::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kStepUnits = 4;  // units of K in flight
+
+template <typename T>
+__global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_constant__ LinearTask task) {
+  float* partial = reinterpret_cast<float*>(ptx::dynamic_smem());  // [k_split][kJobRows][pitch]
+  const int pitch = task.rank_cap + 8;                             // rows that a warp touches lie in different banks
+  const LinearSlice& slice = task.slice[blockIdx.y];
+  const int warp = threadIdx.x / 32;
+  const int g = threadIdx.x % 32 / 4;
+  const int units = task.k / kUnitK;
+  const Part k_block = {units * static_cast<int>(blockIdx.z) / task.planes,
+                        units * (static_cast<int>(blockIdx.z) + 1) / task.planes};
+  const int split = warp & ((1 << task.k_split_log2) - 1);
+  Part k = part_of(k_block.end - k_block.begin, split, task.k_split_log2);
+  k = {k_block.begin + k.begin, k_block.begin + k.end};
+  const int first_rank = (warp >> task.k_split_log2) * kRankTile;
+
+  ptx::wait_for_previous_grid();
+  ptx::launch_next_grid();  // after the wait: what the kernel before wrote may be read by the next without one
+  NarrowJob job;
+#pragma unroll 1
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    job.read(task, index, blockIdx.y);
+    if (index >= job.jobs(task)) break;
+    const int rows = job.rows(index);
+    const SliceEntry entry = job.entry();
+    if (rows == 0 || entry.rank > task.rank_cap ||
+        !entry_fits(entry, entry.rank, slice.a_rows, slice.width, slice.b_elements, task.v_width)) {
+      continue;
+    }
+    const int rank = entry.rank;
+    NarrowShrink<T, kStepUnits> shrink;
+    shrink.clear();
+    shrink.x = static_cast<const T*>(task.x) + int64_t{job.row(task, g)} * task.x_stride + threadIdx.x % 4 * 8;
+#pragma unroll 1
+    for (int r = first_rank; r < rank; r += (kWarps >> task.k_split_log2) * kRankTile) {
+      shrink.set_ranks(slice, entry.a_row, r, rank);
+#pragma unroll 1
+      for (int u = k.begin; u < k.end; u += kStepUnits) {
+        shrink.load(u, k.end);
+        shrink.multiply(u, k.end);
+      }
+      shrink.store(partial + (split * kJobRows + g) * pitch + r, r, rank, g < rows);
+    }
+    __syncthreads();
+    const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
+    const int first = job.position(task, index, 0);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * quads_a_row; i += kWarps * 32) {
+      const int row = i / quads_a_row;
+      const int quad = i - row * quads_a_row;
+      const auto* from = reinterpret_cast<const float4*>(partial + row * pitch) + quad;
+      float* to = task.plane + blockIdx.z * task.plane_elements +
+                  int64_t{min(first + row, task.rows - 1)} * task.plane_width +
+                  static_cast<int>(blockIdx.y) * task.rank_cap + 4 * quad;
+      *reinterpret_cast<float4*>(to) = add_quads(from, kJobRows * pitch / 4, task.k_split_log2);
+    }
+    __syncthreads();  // before the next job's sums
+  }
+}
+
+// Blocks that the device holds, and units of K that a warp should have at least.
+constexpr int kBlocksPerSm = 2;
+constexpr int kUnitsPerWarp = 4;
+constexpr int kMaxParts = 16;
+
+int k_split_log2_of(int64_t rank) {
+  int log2 = 0;
+  while (divide_up(rank, kRankTile) << (log2 + 1) <= kWarps) ++log2;
+  return log2;
+}
+
+}  // namespace
+
+bool narrow_shrink_serves(const LoraParams& p) { return wide_shrink_serves(p) && p.k % kUnitK == 0; }
+
+cudaError_t narrow_parts(const LoraParams& p, int& parts) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const int64_t split = int64_t{1} << k_split_log2_of(divide_up(p.v_width, p.slices.count));
+  const int64_t most = min64(divide_up(p.k, kUnitK * kUnitsPerWarp * split), kMaxParts);
+  const int64_t fit = kBlocksPerSm * device.sms / (narrow_jobs(p) * p.slices.count);
+  parts = static_cast<int>(min64(most, fit < 1 ? 1 : fit));
+  return cudaSuccess;
+}
+
+cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  LinearTask task = narrow_task(p, planes);
+  if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
+  task.k_split_log2 = k_split_log2_of(divide_up(p.v_width, p.slices.count));
+  LaunchShape shape;
+  shape.grid =
+      dim3(static_cast<unsigned>(task.max_tiles), static_cast<unsigned>(p.slices.count), static_cast<unsigned>(planes));
+  shape.threads = kWarps * 32;
+  shape.smem_bytes = (int64_t{4} << task.k_split_log2) * kJobRows * (task.rank_cap + 8);
+  shape.overlap = true;
+  return p.dtype == DType::kBFloat16 ? launch<&shrink_narrow<__nv_bfloat16>>(device, shape, task, stream)
+                                     : launch<&shrink_narrow<__half>>(device, shape, task, stream);
+}
+
+}  // namespace polylora::cuda
