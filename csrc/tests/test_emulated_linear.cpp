@@ -473,6 +473,27 @@ void any_shape(const std::string& name, Path path, int64_t k_unit) {
   cuda::emulated_device.sms = 132;
 }
 
+// Blocks that share the outputs of a tile.
+void many_outputs() {
+  cuda::LinearTask task{};
+  for (int32_t width : {4096, 1024, 1024}) task.slice[task.slices++].width = width;
+  for (int parts : {3, 6, 16, 300, 4000}) {
+    std::fill(std::begin(task.first_part), std::end(task.first_part), uint16_t{0});
+    cuda::share_parts(task, parts);
+    CHECK(task.first_part[3] == parts, "%d parts: %d shared", parts, task.first_part[3]);
+    CHECK(task.first_part[1] >= parts / 2 && task.first_part[2] - task.first_part[1] <= parts / 3, "%d parts", parts);
+  }
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster}, {"narrow", narrow}}) {
+    run(name + ", many outputs", path, {DType::kBFloat16, 1, 64, {40008}, 1, {64}, "one"});
+    run(name + ", many outputs of one of two slices", path, {DType::kBFloat16, 2, 64, {64, 40000}, 2, {48}, "each"});
+    cuda::launches.clear();
+    Problem problem({DType::kBFloat16, 1, 64, {40008}, 1, {64}, "one"}, 1);
+    problem.spoil(1, false);
+    path(problem);
+    CHECK(cuda::launches.back().grid.y * cuda::launches.back().grid.z > 4, "%s shares the outputs", name.c_str());
+  }
+}
+
 void prefill() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"wide", wide},
                                    {"mma", mma},
@@ -529,6 +550,7 @@ int main() {
   testing::any_shape("wide halves", testing::wide_halves, 8);
   testing::any_shape("narrow", testing::narrow, 32);
   testing::any_shape("narrow halves", testing::narrow_halves, 8);
+  testing::many_outputs();
   testing::prefill();
   testing::embedding();
   return testing::report();

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
         if (i >= rows * quads_a_row) continue;
         uint2 bits;
         if (is_lookup) {
-          bits = look_up(slice, entry.a_row, rank, params.tokens.token_major, token_of(params.tokens, batch_row), r);
+          const Lookup lookup(slice, entry.a_row, rank, params.tokens.token_major);
+          bits = lookup.load(token_of(params.tokens, batch_row), r);
         } else {
           const int position = min(first + v_row, task.rows - 1);
           const float4 sum = task.planes > 0 ? add_planes(task, position, s * task.rank_cap + r)
@@ -135,8 +136,9 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaSt
   // a unit of outputs a warp, as long as the blocks are not far more than the device holds
   int64_t units = 0;
   for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide ? 32 : 64);
-  // a lookup is short: half as many, so that the next kernel's may stand beside
-  const int64_t fit = (params.tokens.ids != nullptr ? 1 : kBlocksPerSm) * device.sms / narrow_jobs(p);
+  // a lookup of few rows is short: half as many, so that the next kernel's may stand beside
+  const bool is_short = params.tokens.ids != nullptr && p.rows <= kDecodeRows;
+  const int64_t fit = (is_short ? 1 : kBlocksPerSm) * device.sms / narrow_jobs(p);
   const int64_t parts = min64(divide_up(units, kWarps), fit);
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
@@ -163,6 +165,7 @@ cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t str
 cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream) {
   const LoraParams& p = e.lora;
   NarrowTask params{narrow_task(p, 0), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}};
+  if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   if (e.token_major) params.linear.a_rows_used = static_cast<int32_t>(e.vocab);
   return expand(params, p, embedding_rank(e), stream);
 }

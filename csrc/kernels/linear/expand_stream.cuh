@@ -135,6 +135,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
   const SliceEntry& entry = item.entry[s];
   if (token != nullptr) {
     constexpr int kAtOnce = 4;
+    const Lookup lookup(task.slice[s], entry.a_row, rank, token_major);
 #pragma unroll 1
     for (int first = threadIdx.x; first < items; first += kAtOnce * blockDim.x) {
       uint2 bits[kAtOnce];
@@ -142,7 +143,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
       for (int i = 0; i < kAtOnce; ++i) {
         const int e = first + i * blockDim.x;
         const int64_t of_row = e < items ? token[rows.begin + row_of(e)] : -1;
-        bits[i] = look_up(task.slice[s], entry.a_row, rank, token_major, of_row, rank_of(e));
+        bits[i] = lookup.load(of_row, rank_of(e));
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {

@@ -154,6 +154,7 @@ bool wide_embedding_serves(const EmbeddingParams& e) {
 
 cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
   ExpandTask params{linear_task(e.lora), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}, 0};
+  if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   if (e.token_major) params.linear.a_rows_used = static_cast<int32_t>(e.vocab);
   return expand(params, e.lora, embedding_rank(e), stream);
 }

@@ -29,8 +29,9 @@ bool is_few(const LoraParams& params) { return params.rows <= kDecodeRows && !ba
 
 // Decode with as many bytes of weights as this is a stream, which two launches of independent blocks bring faster than
 // clusters, whose blocks wait for each other. H100, 32 adapters of rank 64, 64 rows, cluster and mma in us: 75 MB of
-// qkv 32.1 and 32.9, 75 MB of down 35.4 and 32.6, 84 MB of qkvz 39.8 and 35.5; 38 MB of qkv 18.6 and 19.0.
-constexpr int64_t kHeavyBytes = int64_t{64} << 20;
+// qkv 32.1 and 32.9, 75 MB of down 35.4 and 32.6, 84 MB of qkvz 39.8 and 35.5; 38 MB (16 rows) of qkv 18.7 and
+// 19.0, of down 19.7 and 19.2, 42 MB of qkvz 21.1 and 20.4.
+constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 
 enum class Path { kCluster, kWide, kMma, kGeneral };
 constexpr const char* kNames[] = {"cluster", "wide", "mma", "general"};
@@ -166,7 +167,9 @@ cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
       choose({{false, false, wide_embedding_serves(params), true}}, {{false, false, true, true}}, path);
   if (error != cudaSuccess) return error;
   if (path == Path::kGeneral) return embedding_general_path(params, stream);
-  return (is_few(params.lora) ? embedding_narrow_path : embedding_wide_path)(params, stream);
+  // a wide tile's rows are looked up once for each block that shares the tile, a narrow job's once
+  const bool narrow = params.lora.rows <= kLookupRows && !batch_invariant();
+  return (narrow ? embedding_narrow_path : embedding_wide_path)(params, stream);
 }
 
 }  // namespace polylora::cuda

@@ -323,6 +323,11 @@ Spread spread(const LoraParams& p) {
     if (!better) break;
     ++task.blocks_log2;
   }
+  // Far more outputs than inputs (lm_head): clusters that share them, each with v of its own.
+  int64_t width = 0;
+  for (int i = 0; i < p.slices.count; ++i) width = width > p.slices.width[i] ? width : p.slices.width[i];
+  const auto b_bytes = [&] { return width * rank * 2 >> (task.blocks_log2 + task.parts_log2); };  // of a block
+  while (clusters << (task.blocks_log2 + task.parts_log2 + 1) <= 132 && b_bytes() >= 64 * 1024) ++task.parts_log2;
   // the warps of a block: over the ranks first, then over K
   const int64_t rank_tiles = divide_up(rank, kRankTile);
   while (rank_tiles << (task.k_split_log2 + 1) <= how.warps) ++task.k_split_log2;

@@ -30,6 +30,7 @@ cudaError_t embedding_wide_path(const EmbeddingParams& params, cudaStream_t stre
 
 /// The same for decode: where the wide kernels serve and, for shrink, K allows it.
 inline constexpr int64_t kDecodeRows = 256;
+inline constexpr int64_t kLookupRows = 2048;
 bool narrow_shrink_serves(const LoraParams& params);
 cudaError_t narrow_parts(const LoraParams& params, int& parts);
 cudaError_t shrink_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);

@@ -45,9 +45,9 @@ struct LinearTask {
   int32_t k_split_log2;  // decode: warps that share K
   int32_t rank_cap;      // decode: ranks that shared memory has room for
   int32_t a_rows_used;   // of an entry; 0: its rank
-  uint8_t
-      first_part[kMaxSlices + 1];  // prefill in one launch: of the cluster's blocks, each slice's first; all zero: none
-  bool follows_shrink;             // the kernel before is our own of the same call: only v is still being written
+  // of the blocks that share the outputs of a tile, each slice's first, then their number; all zero: shared otherwise
+  uint16_t first_part[kMaxSlices + 1];
+  bool follows_shrink;  // the kernel before is our own of the same call: only v is still being written
   LinearSlice slice[kMaxSlices];
 
   /// The slice of a unit.

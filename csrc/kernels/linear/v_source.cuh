@@ -20,22 +20,40 @@ __device__ __forceinline__ int64_t token_of(const TokenSource& tokens, int64_t r
   return token < tokens.vocab ? token : -1;
 }
 
-/// Four ranks of A, from the `r`th on, that a token looks up; zeros where there is no token (below 0) and beyond the
-/// rank.
-__device__ __forceinline__ uint2 look_up(const LinearSlice& slice, int a_row, int rank, bool token_major, int64_t token,
-                                         int r) {
-  uint32_t bits[4] = {};
-  if (token >= 0) {
-    const int64_t token_stride = token_major ? slice.a_stride : 1;
-    const int64_t rank_stride = token_major ? 1 : slice.a_stride;
-    const auto* a = static_cast<const uint16_t*>(slice.a) + int64_t{a_row} * slice.a_stride + token * token_stride;
+/// A of a slice, looked up by token.
+class Lookup {
+ public:
+  __device__ __forceinline__ Lookup(const LinearSlice& slice, int a_row, int rank, bool token_major)
+      : a_(static_cast<const uint16_t*>(slice.a) + int64_t{a_row} * slice.a_stride),
+        token_stride_(token_major ? slice.a_stride : 1),
+        rank_stride_(token_major ? 1 : slice.a_stride),
+        rank_(rank),
+        whole_(token_major && slice.a_stride % 4 == 0 && (reinterpret_cast<uintptr_t>(a_) & 7) == 0) {}
+
+  /// Four ranks from the `r`th on; zeros where there is no token (below 0) and beyond the rank. Without branches, so
+  /// that several are on their way at once: what is not wanted reads what is there anyway.
+  __device__ __forceinline__ uint2 load(int64_t token, int r) const {
+    const uint16_t* from = a_ + (token < 0 ? 0 : token) * token_stride_;
+    uint2 four{0, 0};
+    if (whole_ && rank_ % 4 == 0) {  // alike in all threads
+      four = *reinterpret_cast<const uint2*>(from + min(r, rank_ - 4));
+    } else {
+      uint32_t bits[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (r + i < rank) bits[i] = a[(r + i) * rank_stride];
+      for (int i = 0; i < 4; ++i) bits[i] = from[min(r + i, rank_ - 1) * rank_stride_];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bits[i] = r + i < rank_ ? bits[i] : 0;
+      four = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
     }
+    return token < 0 || r >= rank_ ? uint2{0, 0} : four;
   }
-  return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
-}
+
+ private:
+  const uint16_t* a_;
+  int64_t token_stride_, rank_stride_;
+  int rank_;
+  bool whole_;
+};
 
 /// Four ranks of a row of v, from the `r`th on; zeros beyond the rank, where nothing is read.
 __device__ __forceinline__ float4 load_v4(const LinearTask& task, int64_t row, int v_col, int r, int rank) {
