@@ -128,6 +128,16 @@ def test_a_misaligned_table_or_plan_is_refused(device, name):
         ops.linear_(**args | {name: moved})
 
 
+@pytest.mark.parametrize("rows", [5, 2100])
+def test_ranks_beyond_the_columns_of_a_token_major_a_reach_nothing(device, dtype, rows):
+    """They are the next token's, and behind the last token nobody's."""
+    shape = {"ranks": (16,), "groups": 2, "token_major": True, "aligned": True, "ids": "one"}
+    case = make_embedding_case(device, dtype, rows=rows, **shape)
+    call = embedding_args(case)
+    call["a"] = [a[:, :15] for a in call["a"]]
+    nothing_but_refused_or_absent(device, lambda: ops.embedding_(**call), case.y, "15 columns for rank 16")
+
+
 def paths_of_this_device() -> list[str]:
     major = torch.cuda.get_device_capability()[0]
     return ["general"] + ["mma"] * (major >= 8) + ["wide"] * (major == 9) + ["cluster"] * (major >= 9)

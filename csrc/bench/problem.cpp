@@ -187,6 +187,7 @@ EmbeddingParams Problem::embedding_params(int64_t call) const {
   e.token_major = case_.token_major;
   e.token_stride = case_.token_major ? a_pitch_ : 1;
   e.rank_stride = case_.token_major ? 1 : a_pitch_;
+  for (int32_t& cols : e.a_cols) cols = case_.token_major ? static_cast<int32_t>(a_pitch_) : 0;
   return e;
 }
 

@@ -149,7 +149,8 @@ PlanView filled_plan(const Checker& check, const Tensor& plan, int64_t rows, int
 }
 
 // On the CPU what the kernels must take as it comes can be looked at: entries of the groups in use, and the row map.
-void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used) {
+void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used,
+                  const int32_t* a_cols) {
   if (!like.is_cpu()) return;
   for (int32_t run = 0; run < p.plan.header[kPlanRuns]; ++run) {
     const int64_t group = p.plan.run_group[run];
@@ -157,7 +158,8 @@ void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p,
       const SliceEntry& entry = p.slices.table[group * p.slices.count + s];
       if (entry.rank == 0) continue;
       if (!entry_fits(entry, a_rows_used < 0 ? entry.rank : a_rows_used, p.slices.a_rows[s], p.slices.width[s],
-                      p.slices.b_elements[s], p.v_width)) {
+                      p.slices.b_elements[s], p.v_width) ||
+          (a_cols != nullptr && entry.rank > a_cols[s])) {
         check.fail("table", "made for these tensors, widths and v_width (" + std::to_string(p.v_width) + ")",
                    "an entry of group " + std::to_string(group) + ", slice " + std::to_string(s) +
                        " outside them: a_row " + std::to_string(entry.a_row) + ", rank " + std::to_string(entry.rank) +
@@ -177,9 +179,10 @@ void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p,
 }
 
 // Whether there is anything to add; what can be looked at on the CPU is checked before it is.
-bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1) {
+bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1,
+                    const int32_t* a_cols = nullptr) {
   if (p.rows == 0 || p.slices.groups == 0) return false;
-  check_on_cpu(check, like, p, a_rows_used);
+  check_on_cpu(check, like, p, a_rows_used, a_cols);
   return true;
 }
 
@@ -367,10 +370,15 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   p.token_major = token_major;
   p.token_stride = token_major ? pitch : 1;
   p.rank_stride = token_major ? 1 : pitch;
+  for (int32_t s = 0; token_major && s < p.lora.slices.count; ++s) {
+    p.a_cols[s] = static_cast<int32_t>(std::min(of_slice(a, s).size(1), kMaxInt32));
+  }
   check_columns(check, "y", y, p.lora.slices);
   p.lora.plan = filled_plan(check, plan, p.lora.rows, p.lora.slices.groups, 0);
   p.lora.v_width = static_cast<int32_t>(kMaxInt32);
-  if (adds_something(check, y, p.lora, token_major ? vocab : -1)) Backend(y).embedding(p);
+  if (adds_something(check, y, p.lora, token_major ? vocab : -1, token_major ? p.a_cols : nullptr)) {
+    Backend(y).embedding(p);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------ MoE

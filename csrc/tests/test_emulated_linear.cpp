@@ -194,10 +194,24 @@ class Problem {
     e.ids_are_int64 = true;
     e.vocab = shape_.k;
     e.token_major = shape_.lookup == "token";
+    for (int32_t& cols : e.a_cols) cols = e.token_major ? static_cast<int32_t>(a_cols_ < 0 ? a_stride_ : a_cols_) : 0;
     return e;
   }
 
   const Shape& shape() const { return shape_; }
+
+  /// Columns that A is said to have, where it is looked up by token.
+  void set_a_cols(int64_t cols) { a_cols_ = cols; }
+
+  void set_x(int64_t row, int64_t i, double value) {
+    x_->set(row * x_stride_ + i, value);
+    x_truth_ = x_->copy();
+  }
+  void set_v_width(int64_t width) { v_width_ = width; }
+  double y(int64_t row, int slice, int64_t n) const {
+    return y_->get(row * y_stride_ + cols_[static_cast<size_t>(slice)] + n);
+  }
+  bool is_untouched() const { return y_->copy() == y_before_; }
 
   /// All inputs as another step left them, until the kernel waits for it.
   void spoil(uint64_t seed, bool stale) {
@@ -313,7 +327,7 @@ class Problem {
   Shape shape_;
   Random random_;
   int slices_;
-  int64_t x_stride_, y_stride_, a_stride_, a_rows_, b_elements_, v_width_ = 0;
+  int64_t x_stride_, y_stride_, a_stride_, a_rows_, b_elements_, v_width_ = 0, a_cols_ = -1;
   std::vector<int64_t> cols_;
   std::vector<SliceEntry> table_;
   std::vector<int32_t> ids_;
@@ -485,12 +499,46 @@ void many_outputs() {
   }
   for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster}, {"narrow", narrow}}) {
     run(name + ", many outputs", path, {DType::kBFloat16, 1, 64, {40008}, 1, {64}, "one"});
+    if (name == "narrow") {  // more parts than 8 bits count
+      run(name + ", many outputs of both slices", path, {DType::kBFloat16, 1, 64, {35008, 35008}, 1, {64}, "one"});
+    }
     run(name + ", many outputs of one of two slices", path, {DType::kBFloat16, 2, 64, {64, 40000}, 2, {48}, "each"});
     cuda::launches.clear();
     Problem problem({DType::kBFloat16, 1, 64, {40008}, 1, {64}, "one"}, 1);
     problem.spoil(1, false);
     path(problem);
     CHECK(cuda::launches.back().grid.y * cuda::launches.back().grid.z > 4, "%s shares the outputs", name.c_str());
+  }
+}
+
+// What only a caller that is wrong, or unlucky, sends.
+void odd_calls() {
+  for (const auto& [name, path] :
+       {std::pair<std::string, Path>{"cluster", cluster}, {"narrow", narrow}, {"wide", wide}, {"mma", mma}}) {
+    Problem no_room({DType::kBFloat16, 3, 64, {64, 24}, 2, {16}}, 1);
+    no_room.set_v_width(0);
+    no_room.spoil(1, false);
+    CHECK(path(no_room) == cudaSuccess && no_room.is_untouched(), "%s: no columns of v", name.c_str());
+
+    for (int rank : {1, 3, 6}) {  // ranks beyond stand for nothing, not for infinity times nothing
+      Problem infinite({DType::kBFloat16, 2, 64, {64}, 1, {rank}, "one"}, 2);
+      infinite.set_x(0, 5, INFINITY);
+      infinite.spoil(1, false);
+      CHECK(path(infinite) == cudaSuccess, "%s", name.c_str());
+      for (int64_t n = 0; n < 64 && rank == 1; ++n) {
+        CHECK(std::isinf(infinite.y(0, 0, n)), "%s: output %lld is %g", name.c_str(), (long long)n,
+              infinite.y(0, 0, n));
+      }
+      for (int64_t n = 0; n < 64; ++n) CHECK(std::isfinite(infinite.y(1, 0, n)), "%s", name.c_str());
+    }
+  }
+  for (Path path : {lookup, narrow_lookup}) {
+    Shape shape{DType::kBFloat16, 5, 37, {136}, 1, {16}, "one"};
+    shape.lookup = "token";
+    Problem problem(shape, 3);
+    problem.set_a_cols(15);
+    problem.spoil(1, false);
+    CHECK(path(problem) == cudaSuccess && problem.is_untouched(), "an entry of more ranks than A has columns");
   }
 }
 
@@ -551,6 +599,7 @@ int main() {
   testing::any_shape("narrow", testing::narrow, 32);
   testing::any_shape("narrow halves", testing::narrow_halves, 8);
   testing::many_outputs();
+  testing::odd_calls();
   testing::prefill();
   testing::embedding();
   return testing::report();

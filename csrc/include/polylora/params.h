@@ -134,13 +134,14 @@ struct LoraParams {
 /// embedding: A is looked up by token id instead of multiplied. A[j, t] = a + a_row * a_stride + t * token_stride +
 /// j * rank_stride. Ids outside [0, vocab) read nothing and leave their row of y untouched.
 struct EmbeddingParams {
-  LoraParams lora;        // x and v unused
-  const void* token_ids;  // [rows] int32 or int64
-  bool ids_are_int64;     //
-  int64_t vocab;          //
-  bool token_major;       // A is [tokens, rank]
-  int64_t token_stride;   // elements
-  int64_t rank_stride;    // elements
+  LoraParams lora;             // x and v unused
+  const void* token_ids;       // [rows] int32 or int64
+  bool ids_are_int64;          //
+  int64_t vocab;               //
+  bool token_major;            // A is [tokens, rank]
+  int64_t token_stride;        // elements
+  int64_t rank_stride;         // elements
+  int32_t a_cols[kMaxSlices];  // of A where it is [tokens, rank]: no entry has more ranks; else 0
 };
 
 /// moe_gate_up_act: h = act(y1 + delta); lora.y is y1 and is only read. One slice: act(u). Two: act(g) * u.

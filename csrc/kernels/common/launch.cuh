@@ -11,10 +11,14 @@ namespace polylora::cuda {
 inline constexpr int kMaxDevices = 64;
 inline constexpr int kMaxCluster = 16;
 
+/// Sets `major` to the compute capability, 8 for 8.x, whose code of this library the current device runs: that of the
+/// device, or below, where only PTX for an older one was compiled. Such code has no clusters and no dependent launch.
+cudaError_t compiled_major(int& major);
+
 /// What the launchers ask of the current device.
 struct Device {
   int index;
-  int major;
+  int major;  // of the code that runs on it
   int sms;
   int smem_bytes;  // that a block can have: 99 KiB on 8.6, 8.9 and 12.0, 163 on 8.0, 227 on 9.0 and 10.0
 };
@@ -28,7 +32,7 @@ inline cudaError_t current_device(Device& device) {
   uint64_t packed = known[index].load(std::memory_order_relaxed);
   if (packed == 0) {
     int major = 0, sms = 0, smem = 0;
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    error = compiled_major(major);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
@@ -90,7 +94,8 @@ cudaError_t launch(const Device& device, const LaunchShape& shape, const Params&
   return cudaLaunchKernelEx(&config, kKernel, params);
 }
 
-/// How many clusters of `blocks` blocks `device` runs at once; `threads` and `smem_bytes` are the same in all calls.
+/// How many clusters of `blocks` blocks `device` runs at once, 0 where it knows none of that size; `threads` and
+/// `smem_bytes` are the same in all calls.
 template <auto kKernel>
 cudaError_t resident_clusters(const Device& device, int threads, int smem_bytes, int blocks, int& clusters) {
   static std::atomic<uint8_t> known[kMaxDevices][kMaxCluster + 1];  // plus 1; 0: not asked yet
@@ -109,6 +114,11 @@ cudaError_t resident_clusters(const Device& device, int threads, int smem_bytes,
   config.attrs = &attribute;
   config.numAttrs = 1;
   error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
+  if (error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidConfiguration) {
+    cudaGetLastError();  // an answer, not a failure
+    clusters = 0;
+    error = cudaSuccess;
+  }
   if (error == cudaSuccess)
     mine.store(static_cast<uint8_t>(clusters < 254 ? clusters + 1 : 255), std::memory_order_relaxed);
   return error;

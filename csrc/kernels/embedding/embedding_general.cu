@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads) embedding_general(const __grid_const
   const SliceEntry entry = p.slices.table[int64_t{group} * p.slices.count + slice];
   const int64_t a_rows_used = e.token_major ? e.vocab : entry.rank;
   if (!entry_fits(entry, a_rows_used, p.slices.a_rows[slice], p.slices.width[slice], p.slices.b_elements[slice],
-                  INT32_MAX)) {
+                  INT32_MAX) ||
+      (e.token_major && entry.rank > e.a_cols[slice])) {
     return;
   }
 

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     const SliceEntry entry = job.entry();
     const int a_rows = task.a_rows_used > 0 ? task.a_rows_used : entry.rank;
     const bool fits = entry_fits(entry, a_rows, slice.a_rows, slice.width, slice.b_elements, task.v_width) &&
-                      entry.rank <= task.rank_cap;
+                      entry.rank <= min(task.rank_cap, slice.max_rank);
     const int rank = index < jobs && rows > 0 && fits ? entry.rank : 0;
     const int64_t row = job.row(task, g);
     const int alignment = static_cast<int>(entry.b_offset) | entry.b_stride;
@@ -159,14 +159,14 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaSt
 cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
   NarrowTask params{narrow_task(p, planes), {}};
   params.linear.follows_shrink = planes > 0;
-  return expand(params, p, divide_up(p.v_width, p.slices.count), stream);
+  return expand(params, p, even_rank(p), stream);
 }
 
 cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream) {
   const LoraParams& p = e.lora;
   NarrowTask params{narrow_task(p, 0), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
-  if (e.token_major) params.linear.a_rows_used = static_cast<int32_t>(e.vocab);
+  set_lookup(params.linear, e);
   return expand(params, p, embedding_rank(e), stream);
 }
 

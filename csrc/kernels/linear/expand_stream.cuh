@@ -77,6 +77,9 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
       to[6] = 0;
     }
   };
+  const auto first_ranks = [](float4 v, int count) {
+    return float4{count > 0 ? v.x : 0.f, count > 1 ? v.y : 0.f, count > 2 ? v.z : 0.f, count > 3 ? v.w : 0.f};
+  };
   const auto round = [](float4 v) { return uint2{pack(v.x, v.y, T{}), pack(v.z, v.w, T{})}; };
   if (task.planes > 0) {
     // of a row's planes, up to 2^31 elements apart
@@ -124,7 +127,8 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int e = first + i * blockDim.x;
-          if (e < items && rank_of(e) < columns) put(e, round(sum[i][0]));
+          // beyond the rank stand products of x and nothing: NaN where x is not finite
+          if (e < items && rank_of(e) < columns) put(e, round(first_ranks(sum[i][0], rank - rank_of(e))));
         }
       }
     };

@@ -140,7 +140,7 @@ cudaError_t expand_wide_path(const LoraParams& p, int planes, cudaStream_t strea
     params.linear.follows_shrink = true;
     set_planes(params.linear, p, planes);
   }
-  return expand(params, p, divide_up(p.v_width, p.slices.count), stream);
+  return expand(params, p, divide_up(p.v_width > 0 ? p.v_width : 1, p.slices.count), stream);
 }
 
 bool wide_embedding_serves(const EmbeddingParams& e) {
@@ -155,7 +155,7 @@ bool wide_embedding_serves(const EmbeddingParams& e) {
 cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
   ExpandTask params{linear_task(e.lora), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}, 0};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
-  if (e.token_major) params.linear.a_rows_used = static_cast<int32_t>(e.vocab);
+  set_lookup(params.linear, e);
   return expand(params, e.lora, embedding_rank(e), stream);
 }
 

@@ -46,7 +46,7 @@ cudaError_t choose(Served serves, Served has, Path& path, Path first_choice = Pa
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const bool able[] = {device.major >= 9, device.major == 9, device.major >= 8, true};
+  const bool able[] = {device.major >= 9, device.major == 9 && POLYLORA_COMPILED_90A, device.major >= 8, true};
   const char* forced = getenv("POLYLORA_PATH");
   const bool is_forced = forced != nullptr && *forced != 0;
   int first = static_cast<int>(first_choice);
@@ -77,6 +77,8 @@ cudaError_t choose_shrink(const LoraParams& params, Path& path) {
   return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path);
 }
 
+bool adds_nothing(const LoraParams& params) { return params.rows == 0 || params.slices.groups == 0; }
+
 // How the mma path shares K.
 struct MmaSplit {
   bool narrow;
@@ -92,9 +94,10 @@ cudaError_t mma_split(const LoraParams& params, MmaSplit& split) {
 bool batch_invariant() { return is_set(getenv("POLYLORA_BATCH_INVARIANT"), "1"); }
 
 cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
+  bytes = 0;
+  if (adds_nothing(params)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_linear(params, path);
-  bytes = 0;
   if (error != cudaSuccess || path == Path::kCluster) return error;
   if (path == Path::kWide) return wide_scratch(params, bytes);
   if (path == Path::kGeneral) {
@@ -108,6 +111,7 @@ cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
 }
 
 cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
+  if (adds_nothing(params)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_linear(params, path);
   if (error != cudaSuccess) return error;
@@ -129,9 +133,10 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
 }
 
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {
+  bytes = 0;
+  if (adds_nothing(params)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_shrink(params, path);
-  bytes = 0;
   if (error != cudaSuccess || path == Path::kGeneral) return error;
   if (path == Path::kWide) return wide_scratch(params, bytes);
   int parts = 0;
@@ -141,6 +146,7 @@ cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {
 }
 
 cudaError_t shrink(const LoraParams& params, cudaStream_t stream) {
+  if (adds_nothing(params)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_shrink(params, path);
   if (error != cudaSuccess) return error;
@@ -153,6 +159,7 @@ cudaError_t shrink(const LoraParams& params, cudaStream_t stream) {
 }
 
 cudaError_t expand(const LoraParams& params, cudaStream_t stream) {
+  if (adds_nothing(params)) return cudaSuccess;
   Path path;
   const cudaError_t error =
       choose({{false, false, wide_expand_serves(params), true}}, {{false, false, true, true}}, path);
@@ -162,6 +169,7 @@ cudaError_t expand(const LoraParams& params, cudaStream_t stream) {
 }
 
 cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
+  if (adds_nothing(params.lora)) return cudaSuccess;
   Path path;
   const cudaError_t error =
       choose({{false, false, wide_embedding_serves(params), true}}, {{false, false, true, true}}, path);

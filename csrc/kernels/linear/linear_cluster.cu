@@ -27,8 +27,9 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int kRows = kJobRows;  // of a cluster
-constexpr int kFewQuads = 64;    // quads of v up to which every block adds all of them
+constexpr int kRows = kJobRows;       // of a cluster
+constexpr int kMostSmem = 64 * 1024;  // more than any call takes
+constexpr int kFewQuads = 64;         // quads of v up to which every block adds all of them
 
 // Shared memory of a block, in this order, after two barriers. From the host: constants cost no registers.
 struct ClusterSmem {
@@ -304,18 +305,19 @@ struct Spread {
   int warps;  // of a block
 };
 
-Spread spread(const LoraParams& p) {
+// `most_blocks_log2`: of a cluster that the device can run.
+Spread spread(const LoraParams& p, int most_blocks_log2) {
   Spread how{{narrow_task(p, 0), {}}, false, 4};
   LinearTask& task = how.params.linear;
   // ranks of the slices are unknown here: an even share of v each
-  const int64_t rank = divide_up(p.v_width, p.slices.count);
+  const int64_t rank = even_rank(p);
   how.wide = rank >= 32;
   // Measured: the larger clusters, the better, as long as all blocks run at once, the next call's beside them, or have
   // much to read each. Blocks of four warps, for few and short work, count as half.
   const int64_t clusters = narrow_jobs(p) * p.slices.count;
   const int64_t bytes = decode_weight_bytes(p) / clusters;  // of a tile and slice
   how.warps = !how.wide && bytes <= 256 * 1024 && clusters <= 48 ? 4 : 8;
-  while (task.blocks_log2 < 4) {
+  while (task.blocks_log2 < most_blocks_log2) {
     const int64_t blocks = (clusters << (task.blocks_log2 + 1)) * how.warps / 8;
     const int64_t each = (bytes >> (task.blocks_log2 + 1)) * 8 / how.warps;
     const bool better = blocks <= 132 || (blocks <= 200 && each >= 48 * 1024) || (blocks <= 300 && each >= 80 * 1024) ||
@@ -350,9 +352,16 @@ bool cluster_path_serves(const LoraParams& p) {
 
 cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
   Device device;
-  const cudaError_t error = current_device(device);
+  cudaError_t error = current_device(device);
+  int most_blocks_log2 = 4;
+  for (; error == cudaSuccess && most_blocks_log2 > 0; --most_blocks_log2) {
+    int clusters = 0;
+    error = resident_clusters<&linear_cluster<__nv_bfloat16, true, 8>>(device, 256, kMostSmem, 1 << most_blocks_log2,
+                                                                       clusters);
+    if (clusters > 0) break;
+  }
   if (error != cudaSuccess) return error;
-  const Spread how = spread(p);
+  const Spread how = spread(p, most_blocks_log2);
   const LinearTask& task = how.params.linear;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   const int64_t most = 4 * device.sms / (p.slices.count << task.blocks_log2);

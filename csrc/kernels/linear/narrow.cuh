@@ -303,7 +303,7 @@ struct NarrowExpand {
 /// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on.
 template <typename T>
 __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank, int outputs) {
-  if ((reinterpret_cast<uintptr_t>(from) & 15) != 0 || b_stride % 8 != 0) return;
+  if (outputs <= 0 || (reinterpret_cast<uintptr_t>(from) & 15) != 0 || b_stride % 8 != 0) return;
   const int threads = static_cast<int>(blockDim.x);
   if (b_stride <= rank + 8) {  // rows close together: in pieces of 1 KiB
     const int all = ((outputs - 1) * b_stride + rank) * 2 & ~15;
@@ -326,11 +326,17 @@ inline int64_t narrow_jobs(const LoraParams& p) {
   return runs > p.rows / kTileRows ? runs : p.rows / kTileRows;
 }
 
+/// Ranks of a slice where all have an even share of v: what kernels are made ready for, whatever the table says.
+inline int64_t even_rank(const LoraParams& p) {
+  const int64_t rank = divide_up(p.v_width, p.slices.count);
+  return rank < 1 ? 1 : rank;
+}
+
 /// Bytes of A and B that these read, with an even share of v for each slice.
 inline int64_t decode_weight_bytes(const LoraParams& p) {
   int64_t elements_a_rank = p.k * p.slices.count;
   for (int s = 0; s < p.slices.count; ++s) elements_a_rank += p.slices.width[s];
-  return narrow_jobs(p) * elements_a_rank * divide_up(p.v_width, p.slices.count) * 2;
+  return narrow_jobs(p) * elements_a_rank * even_rank(p) * 2;
 }
 
 /// The task of kernels for few rows. Planes: in the call's scratch, a row for each position of the plan's order,

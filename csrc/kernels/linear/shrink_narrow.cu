@@ -89,10 +89,10 @@ cudaError_t narrow_parts(const LoraParams& p, int& parts) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const int64_t split = int64_t{1} << k_split_log2_of(divide_up(p.v_width, p.slices.count));
+  const int64_t split = int64_t{1} << k_split_log2_of(even_rank(p));
   const int64_t most = min64(divide_up(p.k, kUnitK * kUnitsPerWarp * split), kMaxParts);
   const int64_t fit = kBlocksPerSm * device.sms / (narrow_jobs(p) * p.slices.count);
-  parts = static_cast<int>(min64(most, fit < 1 ? 1 : fit));
+  parts = static_cast<int>(min64(most < 1 ? 1 : most, fit < 1 ? 1 : fit));
   return cudaSuccess;
 }
 
@@ -102,7 +102,7 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   if (error != cudaSuccess) return error;
   LinearTask task = narrow_task(p, planes);
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
-  task.k_split_log2 = k_split_log2_of(divide_up(p.v_width, p.slices.count));
+  task.k_split_log2 = k_split_log2_of(even_rank(p));
   LaunchShape shape;
   shape.grid =
       dim3(static_cast<unsigned>(task.max_tiles), static_cast<unsigned>(p.slices.count), static_cast<unsigned>(planes));

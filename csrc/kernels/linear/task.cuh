@@ -18,6 +18,7 @@ struct LinearSlice {
   int32_t a_stride, a_rows;
   int32_t width, col;
   int32_t unit_begin;  // units of the slices before
+  int32_t max_rank;    // of an entry
 };
 struct LinearTask {
   const int32_t* header;
@@ -99,6 +100,7 @@ inline LinearTask linear_task(const LoraParams& p) {
     slice.width = p.slices.width[s];
     slice.col = static_cast<int32_t>(p.slices.col[s]);
     slice.unit_begin = task.units;
+    slice.max_rank = kMaxRank;
     task.units += static_cast<int32_t>(divide_up(slice.width, kUnitN));
   }
   return task;
@@ -122,6 +124,7 @@ inline void share_parts(LinearTask& task, int parts) {
 /// Whether x and A can be read in 16-byte pieces, and every number fits the task.
 inline bool fast_shrink_serves(const LoraParams& p) {
   if (p.dtype == DType::kFloat32 || p.x_div != 0 || p.row_map || p.row_weight) return false;
+  if (p.rows * (p.x_stride / 8) >= UINT32_MAX) return false;  // pieces of x, counted in 32 bits
   if (p.k % 8 != 0 || p.k > 1 << 24 || p.x_stride % 8 != 0 || p.x_stride > INT32_MAX || !is_aligned(p.x, 16))
     return false;
   if (!is_aligned(p.plan.header, 16) || !is_aligned(p.slices.table, 16) || p.v_stride > INT32_MAX) return false;
@@ -142,6 +145,13 @@ inline bool fast_expand_serves(const LoraParams& p) {
     if (p.slices.width[s] % 8 != 0 || p.slices.col[s] % 8 != 0 || p.slices.col[s] > INT32_MAX) return false;
   }
   return true;
+}
+
+/// What of an embedding's call is like linear's.
+inline void set_lookup(LinearTask& task, const EmbeddingParams& e) {
+  if (!e.token_major) return;
+  task.a_rows_used = static_cast<int32_t>(e.vocab);
+  for (int s = 0; s < task.slices; ++s) task.slice[s].max_rank = e.a_cols[s];
 }
 
 /// Ranks of an embedding's slices, from how A lies: next to each other within a token, or an even share of rows for

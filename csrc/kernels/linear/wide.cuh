@@ -110,15 +110,17 @@ class WideJob {
       const LinearSlice& slice = task.slice[lane];
       const SliceEntry& entry = item.entry[lane];
       const int64_t a_rows_used = task.a_rows_used > 0 ? task.a_rows_used : entry.rank;
-      if (entry_fits(entry, a_rows_used, slice.a_rows, slice.width, slice.b_elements, task.v_width)) rank = entry.rank;
+      const bool fits = entry_fits(entry, a_rows_used, slice.a_rows, slice.width, slice.b_elements, task.v_width);
+      if (fits && entry.rank <= slice.max_rank) rank = entry.rank;
     }
     // slices that multiply x with the same A into the same place share it: the first of them owns the rank tiles
     const SliceEntry& own_entry = item.entry[min(lane, task.slices - 1)];
     const uint64_t place =
         static_cast<uint64_t>(static_cast<uint32_t>(own_entry.a_row)) << 32 | static_cast<uint32_t>(own_entry.v_col);
-    const auto* a = static_cast<const char*>(task.slice[min(lane, task.slices - 1)].a);
+    const LinearSlice& own_slice = task.slice[min(lane, task.slices - 1)];
     const uint32_t same = __match_any_sync(0xffffffffu, rank) & __match_any_sync(0xffffffffu, place) &
-                          __match_any_sync(0xffffffffu, reinterpret_cast<uint64_t>(a));
+                          __match_any_sync(0xffffffffu, reinterpret_cast<uint64_t>(own_slice.a)) &
+                          __match_any_sync(0xffffffffu, own_slice.a_stride);
     const int shares_with = __ffs(same) - 1;
     const bool own = rank > 0 && shares_with == lane;
     const int tiles = own ? (rank + kRankTile - 1) / kRankTile : 0;
