@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -78,6 +79,17 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param is not None:
         monkeypatch.setenv("POLYLORA_PATH", request.param)
     return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Ops as small as a test's only lose by being cut up, above all where other tests run beside them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -26,13 +26,7 @@ EMBEDDINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Matrices this small only lose by being cut up, above all where other tests run beside them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class MadeUpTimer:

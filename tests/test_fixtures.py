@@ -26,22 +26,16 @@ from polylora.fixtures import (  # noqa: E402
 from polylora.fixtures.styles import STYLE_BOUND, STYLES, style_score  # noqa: E402
 
 # PEFT says that patterns for expert parameters match nothing, though it applies them.
-pytestmark = pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning"),
+]
 PAIRS = [(model, adapter) for model in MODELS for adapter in adapter_names(model)]
 # Nats a byte on text the model has not seen; measured 1.105 and 1.115. Guessing evenly is 5.6, letter frequencies 3.
 HELD_OUT_BOUND = {"tiny-qwen3_5-moe": 1.2, "tiny-nemotron-h": 1.2}
 # No repository wants a fixture nobody can clone: everything together, in bytes.
 SIZE_BOUND = 14e6
 LENGTH = 56
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Ops this small only lose by being cut up, above all where other tests run beside them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(model):

@@ -55,13 +55,7 @@ def execute(code: str, given: dict) -> dict:
     return names
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Matrices this small only lose by being cut up, above all where other tests run beside them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

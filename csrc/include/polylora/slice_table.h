@@ -26,7 +26,7 @@ struct alignas(16) SliceEntry {
   int32_t v_col;     // first column of this slice's part of v
   int32_t b_stride;  // row pitch of B, elements
   int64_t b_offset;  // first element of B
-  float scale;       // multiplies v in fp32, before the product with B
+  float scale;       // of the delta, in fp32; the fast CUDA kernels apply it after the product with B, the others to v
   int32_t epilogue;  // reserved for a per-output factor and bias (DoRA): offset + 1 into their arenas; must be 0
 };
 

@@ -26,9 +26,7 @@ cudaError_t add_planes_path(const LoraParams& p, int planes, cudaStream_t stream
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  LinearTask task = linear_task(p);
-  task.tile = p.plan.wide_tile;
-  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  LinearTask task = wide_task(p);
   set_planes(task, p, planes);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (kWideTileRows / kRows)));

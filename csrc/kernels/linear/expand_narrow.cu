@@ -20,16 +20,13 @@ struct NarrowTask {
   TokenSource tokens;
 };
 
-constexpr int v_pitch(int rank_cap) { return (rank_cap + 63) / 64 * 64 + 16; }  // rows of a warp in different banks
-constexpr int smem_bytes(int rank_cap) { return kJobRows * v_pitch(rank_cap) * 2; }
-
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __grid_constant__ NarrowTask params) {
   using Expand = NarrowExpand<T, kWide>;
   const LinearTask& task = params.linear;
   const bool is_lookup = params.tokens.ids != nullptr;
   T* smem_v = reinterpret_cast<T*>(ptx::dynamic_smem());
-  const int pitch = v_pitch(task.rank_cap);
+  const int pitch = narrow_v_pitch(task.rank_cap);
   int s = 0;
   while (static_cast<int>(blockIdx.y) >= task.first_part[s + 1]) ++s;
   const LinearSlice& slice = task.slice[s];
@@ -144,7 +141,7 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaSt
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(task.max_tiles), task.first_part[task.slices]);
   shape.threads = kThreads;
-  shape.smem_bytes = smem_bytes(task.rank_cap);
+  shape.smem_bytes = kJobRows * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;
   if (p.dtype == DType::kBFloat16) {
     return wide ? launch<&expand_narrow<__nv_bfloat16, true>>(device, shape, params, stream)

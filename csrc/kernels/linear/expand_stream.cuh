@@ -3,7 +3,7 @@
 // A warp takes 16 rows and 32 outputs at a time, a piece of y, which comes through a ring of its own by cp.async; a
 // thread reads back only what it copied itself, so that no warp waits for another one. Only B is shared: in panels of
 // some hundred outputs, one in use and one on its way, with a barrier between them. Rows of the batch are on the M side
-// of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in linear_cluster.cu). v of the
+// of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in narrow.cuh). v of the
 // tile and slice stays in shared memory, up to 64 ranks of it in registers, while a block walks its outputs.
 //
 // What keeps a stream from the memory's speed: too few bytes in flight (hence the ring), and too many instructions and
@@ -33,7 +33,7 @@ struct StreamV {
 
 /// How a panel of B lies in shared memory: a row of `columns` elements for each output, zeros behind the rank.
 struct StreamB {
-  /// Where output n stands: the lanes of an mma read 8 rows in a row (their outputs: see linear_cluster.cu).
+  /// Where output n stands: the lanes of an mma read 8 rows in a row (their outputs: see narrow.cuh).
   __device__ __forceinline__ static int place(int n) { return (n / 32 * 4 + n % 8 / 2) * 8 + n % 32 / 8 * 2 + n % 2; }
 
   /// Element r of a row. Rows of an even number of blocks of 32 ranks swap neighbouring blocks in turn, against bank

@@ -106,8 +106,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __gr
 // `ranks`: that most slices may have.
 cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaStream_t stream) {
   LinearTask& task = params.linear;
-  task.tile = p.plan.wide_tile;
-  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   Device device;
   const cudaError_t error = current_device(device);
@@ -135,12 +133,12 @@ cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaS
 bool wide_expand_serves(const LoraParams& p) { return fast_expand_serves(p) && p.slices.groups > 0; }
 
 cudaError_t expand_wide_path(const LoraParams& p, int planes, cudaStream_t stream) {
-  ExpandTask params{linear_task(p), {}, 0};
+  ExpandTask params{wide_task(p), {}, 0};
   if (planes > 0) {
     params.linear.follows_shrink = true;
     set_planes(params.linear, p, planes);
   }
-  return expand(params, p, divide_up(p.v_width > 0 ? p.v_width : 1, p.slices.count), stream);
+  return expand(params, p, even_rank(p), stream);
 }
 
 bool wide_embedding_serves(const EmbeddingParams& e) {
@@ -153,7 +151,7 @@ bool wide_embedding_serves(const EmbeddingParams& e) {
 }
 
 cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
-  ExpandTask params{linear_task(e.lora), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}, 0};
+  ExpandTask params{wide_task(e.lora), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}, 0};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);
   return expand(params, e.lora, embedding_rank(e), stream);

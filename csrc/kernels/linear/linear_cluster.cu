@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
 ClusterSmem smem_of(const LinearTask& task) {
   ClusterSmem at{};
   at.partial_pitch = task.rank_cap + 8;
-  at.v_pitch = (task.rank_cap + 63) / 64 * 64 + 16;
+  at.v_pitch = narrow_v_pitch(task.rank_cap);
   const int quads = kRows * task.rank_cap / 4;
   const int few = quads < kFewQuads ? quads : kFewQuads;
   const int blocks = 1 << task.blocks_log2;
@@ -330,9 +330,7 @@ Spread spread(const LoraParams& p, int most_blocks_log2) {
   for (int i = 0; i < p.slices.count; ++i) width = width > p.slices.width[i] ? width : p.slices.width[i];
   const auto b_bytes = [&] { return width * rank * 2 >> (task.blocks_log2 + task.parts_log2); };  // of a block
   while (clusters << (task.blocks_log2 + task.parts_log2 + 1) <= 132 && b_bytes() >= 64 * 1024) ++task.parts_log2;
-  // the warps of a block: over the ranks first, then over K
-  const int64_t rank_tiles = divide_up(rank, kRankTile);
-  while (rank_tiles << (task.k_split_log2 + 1) <= how.warps) ++task.k_split_log2;
+  task.k_split_log2 = k_split_log2_of(rank, how.warps);
   how.params.smem = smem_of(task);
   return how;
 }

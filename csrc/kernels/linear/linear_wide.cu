@@ -1,7 +1,7 @@
 // linear for prefill in one launch, sm_90a: a cluster of blocks takes a wide tile of up to 128 rows of one group.
 //
 //   every block:  its part of K, all slices: x and A through a ring of stages (cp.async), wgmma     -> a plane of v
-//                 the first of y and B on their way through the same ring meanwhile
+//                 the first of y, then of B, on their way meanwhile
 //                 the cluster's barrier
 //                 v of a slice, the planes added in the order of K; its part of the outputs          (ExpandStream)
 //
@@ -272,9 +272,7 @@ cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
 }
 
 cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
-  LinearTask task = linear_task(p);
-  task.tile = p.plan.wide_tile;
-  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  LinearTask task = wide_task(p);
   if (task.max_tiles == 0 || (p.y != nullptr && task.units == 0)) return cudaSuccess;
   Device device;
   int parts = 0, clusters = 0;

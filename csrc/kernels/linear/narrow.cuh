@@ -15,6 +15,9 @@ namespace polylora::cuda {
 inline constexpr int kUnitK = 32;   // elements of K that a quad of lanes loads at once
 inline constexpr int kJobRows = 8;  // half of a tile
 
+/// Pitch of v in shared memory, in elements: the rows that a warp touches together lie in different banks.
+__host__ __device__ constexpr int narrow_v_pitch(int rank_cap) { return (rank_cap + 63) / 64 * 64 + 16; }
+
 /// What a warp works on: words of the plan and the table, one a lane, so that one load a lane reads them again. Lanes
 /// 0-3 and 7: the plan's version, rows, groups, tiles, longest run. 4-6, 24-26: the tile, where a tile is one job or
 /// two. 8-14: the slice's entry. 16-23: the job's rows, beyond its end the last.
@@ -326,12 +329,6 @@ inline int64_t narrow_jobs(const LoraParams& p) {
   return runs > p.rows / kTileRows ? runs : p.rows / kTileRows;
 }
 
-/// Ranks of a slice where all have an even share of v: what kernels are made ready for, whatever the table says.
-inline int64_t even_rank(const LoraParams& p) {
-  const int64_t rank = divide_up(p.v_width, p.slices.count);
-  return rank < 1 ? 1 : rank;
-}
-
 /// Bytes of A and B that these read, with an even share of v for each slice.
 inline int64_t decode_weight_bytes(const LoraParams& p) {
   int64_t elements_a_rank = p.k * p.slices.count;
@@ -339,13 +336,23 @@ inline int64_t decode_weight_bytes(const LoraParams& p) {
   return narrow_jobs(p) * elements_a_rank * even_rank(p) * 2;
 }
 
+/// log2 of the warps that share K, of `warps` that share ranks first, then K.
+inline int k_split_log2_of(int64_t rank, int warps) {
+  int log2 = 0;
+  while (divide_up(rank, kRankTile) << (log2 + 1) <= warps) ++log2;
+  return log2;
+}
+
+/// Ranks that a slice can have, in whole rank tiles.
+inline int64_t rank_cap_of(const LoraParams& p) { return divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile; }
+
 /// The task of kernels for few rows. Planes: in the call's scratch, a row for each position of the plan's order,
 /// rank_cap columns for each slice.
 inline LinearTask narrow_task(const LoraParams& p, int planes) {
   LinearTask task = linear_task(p);
   task.tile = p.plan.tile;
   task.max_tiles = static_cast<int32_t>(p.plan.max_tiles);
-  task.rank_cap = static_cast<int32_t>(divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile);
+  task.rank_cap = static_cast<int32_t>(rank_cap_of(p));
   task.planes = planes;
   task.plane = static_cast<float*>(p.scratch);
   task.plane_width = task.slices * task.rank_cap;
@@ -353,8 +360,7 @@ inline LinearTask narrow_task(const LoraParams& p, int planes) {
   return task;
 }
 inline int64_t narrow_plane_bytes(const LoraParams& p, int planes) {
-  return planes * p.rows * p.slices.count * divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile *
-         int64_t{sizeof(float)};
+  return planes * p.rows * p.slices.count * rank_cap_of(p) * int64_t{sizeof(float)};
 }
 
 }  // namespace polylora::cuda

@@ -75,12 +75,6 @@ constexpr int kBlocksPerSm = 2;
 constexpr int kUnitsPerWarp = 4;
 constexpr int kMaxParts = 16;
 
-int k_split_log2_of(int64_t rank) {
-  int log2 = 0;
-  while (divide_up(rank, kRankTile) << (log2 + 1) <= kWarps) ++log2;
-  return log2;
-}
-
 }  // namespace
 
 bool narrow_shrink_serves(const LoraParams& p) { return wide_shrink_serves(p) && p.k % kUnitK == 0; }
@@ -89,7 +83,7 @@ cudaError_t narrow_parts(const LoraParams& p, int& parts) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const int64_t split = int64_t{1} << k_split_log2_of(even_rank(p));
+  const int64_t split = int64_t{1} << k_split_log2_of(even_rank(p), kWarps);
   const int64_t most = min64(divide_up(p.k, kUnitK * kUnitsPerWarp * split), kMaxParts);
   const int64_t fit = kBlocksPerSm * device.sms / (narrow_jobs(p) * p.slices.count);
   parts = static_cast<int>(min64(most < 1 ? 1 : most, fit < 1 ? 1 : fit));
@@ -102,7 +96,7 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   if (error != cudaSuccess) return error;
   LinearTask task = narrow_task(p, planes);
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
-  task.k_split_log2 = k_split_log2_of(even_rank(p));
+  task.k_split_log2 = k_split_log2_of(even_rank(p), kWarps);
   LaunchShape shape;
   shape.grid =
       dim3(static_cast<unsigned>(task.max_tiles), static_cast<unsigned>(p.slices.count), static_cast<unsigned>(planes));

@@ -149,9 +149,7 @@ cudaError_t shrink_mma_path(const LoraParams& p, int planes, cudaStream_t stream
   const cudaError_t error = current_device(how.device);
   if (error != cudaSuccess) return error;
   LinearTask& task = how.task;
-  task = linear_task(p);
-  task.tile = p.plan.wide_tile;
-  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  task = wide_task(p);
   if (planes > 0) set_planes(task, p, planes);
   how.shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (planes > 0 ? planes : 1)));
   how.shape.threads = kThreads;

@@ -7,7 +7,7 @@
 
 namespace polylora::cuda {
 
-inline constexpr int kUnitN = 64;     // outputs of a unit: what a warp multiplies with B at a time
+inline constexpr int kUnitN = 64;     // outputs of a unit, in which those of wide tiles are shared
 inline constexpr int kRankTile = 16;  // ranks of two mma
 
 // The call, as small as it can be: a block's first reads of its parameters miss every cache.
@@ -28,8 +28,8 @@ struct LinearTask {
   const void* x;
   void* y;
   float* v;  // [rows, v_width], row pitch v_stride
-  // v of prefill, between its halves: sums over parts of K, [planes][rows][plane_width]; a row for each position of the
-  // plan's order, 16 columns for each rank tile of a wide item
+  // v between the halves: sums over parts of K, [planes][rows][plane_width]; a row for each position of the plan's
+  // order, 16 columns for each rank tile of a wide item, or rank_cap for each slice
   float* plane;
   int64_t plane_elements;
   int32_t planes;  // 0: v is used instead
@@ -72,6 +72,12 @@ __device__ __forceinline__ Part part_of(int total, int index, int parts_log2) {
 
 inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Ranks of a slice where all have an even share of v: what kernels are made ready for, whatever the table says.
+inline int64_t even_rank(const LoraParams& p) {
+  const int64_t rank = divide_up(p.v_width, p.slices.count);
+  return rank < 1 ? 1 : rank;
+}
 
 /// The fields that all kernels of linear fill alike.
 inline LinearTask linear_task(const LoraParams& p) {

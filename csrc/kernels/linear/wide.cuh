@@ -280,6 +280,14 @@ __device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const Wi
 
 // ---- host
 
+/// The task of kernels for wide tiles, without planes.
+inline LinearTask wide_task(const LoraParams& p) {
+  LinearTask task = linear_task(p);
+  task.tile = p.plan.wide_tile;
+  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  return task;
+}
+
 /// Columns of a plane that are enough for any table.
 inline int64_t plane_width(int64_t v_width, int slices) {
   return divide_up(min64(v_width, int64_t{kMaxRank} * slices) + (kRankTile - 1) * slices, kRankTile) * kRankTile;
