@@ -115,10 +115,10 @@ void Problem::fill(cudaStream_t stream) {
 }
 
 void Problem::reserve() {
-  if (op_ != Op::kLinear && op_ != Op::kShrink) return;
-  const LoraParams p = lora_params(0);
   int64_t bytes = 0;
-  check(op_ == Op::kLinear ? cuda::linear_scratch(p, bytes) : cuda::shrink_scratch(p, bytes), "scratch");
+  if (op_ == Op::kLinear) check(cuda::linear_scratch(lora_params(0), bytes), "scratch");
+  if (op_ == Op::kShrink) check(cuda::shrink_scratch(lora_params(0), bytes), "scratch");
+  if (op_ == Op::kEmbedding) check(cuda::embedding_scratch(embedding_params(0), bytes), "scratch");
   if (bytes > scratch_.bytes()) scratch_ = DeviceBuffer(bytes, "scratch");
 }
 

@@ -42,6 +42,7 @@ struct CpuBackend {
     cpu::shrink(with_v, parallel_for);
     cpu::expand(with_v, parallel_for);
   }
+  int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
   void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
   void gate_up_act(const GateUpActParams& p) const { cpu::gate_up_act(p, parallel_for); }
   void down_reduce(const DownReduceParams& p) const { cpu::down_reduce(p, parallel_for); }
@@ -75,6 +76,11 @@ class CudaBackend {
     return bytes;
   }
   void linear(const LoraParams& p) const { check("linear", cuda::linear(p, stream_)); }
+  int64_t embedding_scratch(const EmbeddingParams& p) const {
+    int64_t bytes = 0;
+    check("embedding", cuda::embedding_scratch(p, bytes));
+    return bytes;
+  }
   void embedding(const EmbeddingParams& p) const { check("embedding", cuda::embedding(p, stream_)); }
   void gate_up_act(const GateUpActParams& p) const { check("gate_up_act", cuda::gate_up_act(p, stream_)); }
   void down_reduce(const DownReduceParams& p) const { check("down_reduce", cuda::down_reduce(p, stream_)); }

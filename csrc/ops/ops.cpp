@@ -377,7 +377,9 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   p.lora.plan = filled_plan(check, plan, p.lora.rows, p.lora.slices.groups, 0);
   p.lora.v_width = static_cast<int32_t>(kMaxInt32);
   if (adds_something(check, y, p.lora, token_major ? vocab : -1, token_major ? p.a_cols : nullptr)) {
-    Backend(y).embedding(p);
+    const Backend backend(y);
+    const OptionalTensor memory = scratch(p.lora, y, backend.embedding_scratch(p));
+    backend.embedding(p);
   }
 }
 

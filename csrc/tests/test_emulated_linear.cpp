@@ -425,7 +425,14 @@ cudaError_t mma_halves(Problem& problem) { return halves(problem.params(), mma_s
 
 cudaError_t narrow_halves(Problem& problem) { return halves(problem.params(), mma_shrink, cuda::expand_narrow_path); }
 
-cudaError_t lookup(Problem& problem) { return cuda::embedding_wide_path(problem.embedding_params(), nullptr); }
+cudaError_t lookup(Problem& problem) {
+  EmbeddingParams e = problem.embedding_params();
+  int64_t bytes = 0;
+  cuda::wide_embedding_scratch(e, bytes);
+  const GuardedBytes scratch(bytes);
+  e.lora.scratch = scratch.data();
+  return cuda::embedding_wide_path(e, nullptr);
+}
 
 cudaError_t narrow_lookup(Problem& problem) { return cuda::embedding_narrow_path(problem.embedding_params(), nullptr); }
 

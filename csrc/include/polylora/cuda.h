@@ -21,8 +21,9 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream);
 /// from sizes, strides, alignment and the environment's switches.
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes);
+cudaError_t embedding_scratch(const EmbeddingParams& params, int64_t& bytes);  // of params.lora.scratch
 
-/// Looks A up by token id and expands, in one launch and without v.
+/// Looks A up by token id and expands.
 cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream);
 
 cudaError_t gate_up_act(const GateUpActParams& params, cudaStream_t stream);   // v given

@@ -124,7 +124,7 @@ struct LoraParams {
   float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T; not of linear
   int64_t v_stride;         //
   int32_t v_width;          //
-  void* scratch;            // [linear_scratch or shrink_scratch bytes], 16-byte aligned
+  void* scratch;            // [bytes as *_scratch says], 16-byte aligned
   const int32_t* row_map;   // [rows] position to pair, or null: the identity
   const float* row_weight;  // [pairs] top-k weight of pair(p), multiplies its delta; or null
   SliceSet slices;

@@ -161,7 +161,7 @@ cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t str
 
 cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream) {
   const LoraParams& p = e.lora;
-  NarrowTask params{narrow_task(p, 0), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}};
+  NarrowTask params{narrow_task(p, 0), token_source(e)};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);
   return expand(params, p, embedding_rank(e), stream);

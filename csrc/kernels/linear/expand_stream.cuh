@@ -56,11 +56,10 @@ template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 /// v of slice s of rows [rows.begin, rows.end) of the item to shared memory; of sums, the one rounding happens here,
-/// unscaled as in the plain formula. `token`: of each row of the item, in shared memory; null: nothing is looked up.
-/// Who reads v syncs before.
+/// unscaled as in the plain formula. Who reads v syncs before.
 template <typename T>
 __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item, int s,
-                                       Part rows, const int64_t* token = nullptr, bool token_major = false) {
+                                       Part rows, const Operands& operands = {}) {
   const int rank = item.rank[s];
   const int columns = StreamV::columns(rank);
   // quads of ranks in a row, as if their number were a power of 2; those beyond the columns are left out
@@ -136,18 +135,18 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
     if (task.planes <= 4) return add_all(Constant<2>{}, Constant<4>{});
     return add_all(Constant<1>{}, Constant<8>{});
   }
-  const SliceEntry& entry = item.entry[s];
-  if (token != nullptr) {
+  if (operands.v != nullptr) {
     constexpr int kAtOnce = 4;
-    const Lookup lookup(task.slice[s], entry.a_row, rank, token_major);
 #pragma unroll 1
     for (int first = threadIdx.x; first < items; first += kAtOnce * blockDim.x) {
       uint2 bits[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int e = first + i * blockDim.x;
-        const int64_t of_row = e < items ? token[rows.begin + row_of(e)] : -1;
-        bits[i] = lookup.load(of_row, rank_of(e));
+        bits[i] = uint2{0, 0};
+        if (e < items && rank_of(e) < rank) {
+          bits[i] = *reinterpret_cast<const uint2*>(operands.row(task, s, item.row[rows.begin + row_of(e)]) + rank_of(e));
+        }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -157,6 +156,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
     }
     return;
   }
+  const SliceEntry& entry = item.entry[s];
 #pragma unroll 1
   for (int e = threadIdx.x; e < items; e += blockDim.x) {
     if (rank_of(e) >= columns) continue;

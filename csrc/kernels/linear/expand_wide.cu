@@ -1,8 +1,8 @@
-// expand on its own, sm_80 and later: the public op, the second half of linear where linear_wide.cu does not run, and
-// embedding, whose v is a gather.
+// expand on its own, sm_80 and later: the public op, and the second half of linear where linear_wide.cu does not run and
+// of embedding.
 //
 // The units of all wide tiles are shared evenly by the blocks, each a range of neighbours, walked by ExpandStream.
-// After our own shrink, all but v may be read before that has ended: it lets this kernel start only when all that came
+// After our own first half, all but v may be read before that has ended: it lets this kernel start only when all that came
 // before it is done. Else tile, table and rows are read before the kernel before has ended, and compared after it.
 #include "linear/expand_stream.cuh"
 #include "linear/paths.h"
@@ -17,6 +17,7 @@ constexpr int kUnitsPerBlock = 8;
 struct ExpandTask {
   LinearTask linear;
   TokenSource tokens;
+  Operands operands;
   int32_t v_elements;  // that shared memory has room for
 };
 
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __gr
         if (threadIdx.x < kWideTileRows) token[threadIdx.x] = token_of(params.tokens, item.row[threadIdx.x]);
         __syncthreads();
       }
-      load_v(smem_v, pitch, task, item, s, {row, row + rows}, token, params.tokens.token_major);
+      load_v(smem_v, pitch, task, item, s, {row, row + rows}, params.operands);
       stream.run(smem_v, pitch, token);
     }
   }
@@ -133,7 +134,7 @@ cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaS
 bool wide_expand_serves(const LoraParams& p) { return fast_expand_serves(p) && p.slices.groups > 0; }
 
 cudaError_t expand_wide_path(const LoraParams& p, int planes, cudaStream_t stream) {
-  ExpandTask params{wide_task(p), {}, 0};
+  ExpandTask params{wide_task(p), {}, {}, 0};
   if (planes > 0) {
     params.linear.follows_shrink = true;
     set_planes(params.linear, p, planes);
@@ -150,11 +151,15 @@ bool wide_embedding_serves(const EmbeddingParams& e) {
   return true;
 }
 
+void wide_embedding_scratch(const EmbeddingParams& e, int64_t& bytes) { bytes = lookup_bytes(e); }
+
 cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
-  ExpandTask params{wide_task(e.lora), {e.token_ids, e.ids_are_int64, e.token_major, e.vocab}, 0};
+  ExpandTask params{wide_task(e.lora), token_source(e), lookup_operands(e), 0};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);
-  return expand(params, e.lora, embedding_rank(e), stream);
+  params.linear.follows_shrink = true;
+  const cudaError_t error = embedding_lookup_path(e, stream);
+  return error == cudaSuccess ? expand(params, e.lora, embedding_rank(e), stream) : error;
 }
 
 }  // namespace polylora::cuda

@@ -77,6 +77,13 @@ cudaError_t choose_shrink(const LoraParams& params, Path& path) {
   return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path);
 }
 
+cudaError_t choose_embedding(const EmbeddingParams& params, Path& path) {
+  return choose({{false, false, wide_embedding_serves(params), true}}, {{false, false, true, true}}, path);
+}
+
+// Whether one launch, which looks A up once for each block that shares a job, is faster than two.
+bool is_short_lookup(const EmbeddingParams& params) { return params.lora.rows <= kLookupRows && !batch_invariant(); }
+
 bool adds_nothing(const LoraParams& params) { return params.rows == 0 || params.slices.groups == 0; }
 
 // How the mma path shares K.
@@ -168,16 +175,22 @@ cudaError_t expand(const LoraParams& params, cudaStream_t stream) {
   return (is_few(params) ? expand_narrow_path : expand_wide_path)(params, 0, stream);
 }
 
+cudaError_t embedding_scratch(const EmbeddingParams& params, int64_t& bytes) {
+  bytes = 0;
+  if (adds_nothing(params.lora)) return cudaSuccess;
+  Path path;
+  const cudaError_t error = choose_embedding(params, path);
+  if (error == cudaSuccess && path == Path::kMma && !is_short_lookup(params)) wide_embedding_scratch(params, bytes);
+  return error;
+}
+
 cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
   if (adds_nothing(params.lora)) return cudaSuccess;
   Path path;
-  const cudaError_t error =
-      choose({{false, false, wide_embedding_serves(params), true}}, {{false, false, true, true}}, path);
+  const cudaError_t error = choose_embedding(params, path);
   if (error != cudaSuccess) return error;
   if (path == Path::kGeneral) return embedding_general_path(params, stream);
-  // a wide tile's rows are looked up once for each block that shares the tile, a narrow job's once
-  const bool narrow = params.lora.rows <= kLookupRows && !batch_invariant();
-  return (narrow ? embedding_narrow_path : embedding_wide_path)(params, stream);
+  return (is_short_lookup(params) ? embedding_narrow_path : embedding_wide_path)(params, stream);
 }
 
 }  // namespace polylora::cuda

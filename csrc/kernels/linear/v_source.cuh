@@ -1,4 +1,4 @@
-// Where expand finds v: sums in planes, rows of v, or elements of A that tokens look up.
+// Where expand finds v: sums in planes, rows of v, elements of A that tokens look up, or operands that are ready.
 #pragma once
 
 #include "linear/task.cuh"
@@ -11,6 +11,16 @@ struct TokenSource {
   bool ids_are_int64;
   bool token_major;
   int64_t vocab;
+};
+
+/// v as 16-bit operands, zeros in the last quad beyond a rank.
+struct Operands {
+  uint16_t* v;    // [slices, rows, pitch]; null: not these
+  int32_t pitch;  // a multiple of 4
+
+  __device__ __forceinline__ uint16_t* row(const LinearTask& task, int s, int row) const {
+    return v + (int64_t{s} * task.rows + row) * pitch;
+  }
 };
 
 /// The token that a row of the batch asks for; -1 where the vocabulary has no such.
@@ -84,6 +94,25 @@ __device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos
     for (int j = 0; j < 8; ++j) add(sum, next[j]);
   }
   return sum;
+}
+
+// ---- host
+
+inline TokenSource token_source(const EmbeddingParams& e) {
+  return {e.token_ids, e.ids_are_int64, e.token_major, e.vocab};
+}
+
+/// The operands of embedding for wide tiles, in the call's scratch. Where A is [ranks, tokens], only the table knows how
+/// many ranks there are.
+inline Operands lookup_operands(const EmbeddingParams& e) {
+  int64_t ranks = e.token_major ? 0 : kMaxRank;
+  for (int s = 0; e.token_major && s < e.lora.slices.count; ++s) {
+    if (e.a_cols[s] > ranks) ranks = min64(e.a_cols[s], kMaxRank);
+  }
+  return {static_cast<uint16_t*>(e.lora.scratch), static_cast<int32_t>(divide_up(ranks, 4) * 4)};
+}
+inline int64_t lookup_bytes(const EmbeddingParams& e) {
+  return e.lora.slices.count * e.lora.rows * lookup_operands(e).pitch * int64_t{sizeof(uint16_t)};
 }
 
 }  // namespace polylora::cuda
