@@ -2,16 +2,18 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "boxing.h"
 #include "polylora/cpu.h"
 #include "polylora/params.h"
 
 #ifdef POLYLORA_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
 
 #include "polylora/cuda.h"
 
@@ -23,7 +25,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace polylora::ops {
 
 struct CpuBackend {
-  explicit CpuBackend(const torch::stable::Tensor&) {}
+  explicit CpuBackend(const Tensor&) {}
 
   static void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
     if (n > 0) torch::stable::parallel_for(0, n, grain, body);
@@ -52,12 +54,15 @@ struct CpuBackend {
 /// Runs on the current stream of the tensor's device.
 class CudaBackend {
  public:
-  explicit CudaBackend(const torch::stable::Tensor& like) : guard_(like.get_device_index()) {
+  explicit CudaBackend(const Tensor& like) {
     if (aoti_torch_get_current_cuda_stream == nullptr) {
       throw std::runtime_error("polylora: this torch has no CUDA support, yet a CUDA tensor came");
     }
+    // torch's guard costs several calls even where it has nothing to switch
+    int current = -1;
+    if (cudaGetDevice(&current) != cudaSuccess || current != like.device_index()) guard_.emplace(like.device_index());
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -93,7 +98,7 @@ class CudaBackend {
     }
   }
 
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_ = nullptr;
 };
 #endif

@@ -6,50 +6,42 @@
 namespace polylora::ops {
 namespace {
 
-const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another dtype";
+const char* dtype_name(int32_t code) {
+  const struct {
+    int32_t code;
+    const char* name;
+  } known[] = {
+      {dtype::kBFloat16, "bfloat16"},          {dtype::kFloat16, "float16"},      {dtype::kFloat32, "float32"},
+      {aoti_torch_dtype_float64(), "float64"}, {dtype::kInt32, "int32"},          {dtype::kInt64, "int64"},
+      {aoti_torch_dtype_int16(), "int16"},     {aoti_torch_dtype_int8(), "int8"}, {dtype::kUInt8, "uint8"},
+      {aoti_torch_dtype_bool(), "bool"},
+  };
+  for (const auto& entry : known) {
+    if (entry.code == code) return entry.name;
   }
+  return "another dtype";
 }
 
 std::string device_name(bool is_cuda, int32_t index) { return is_cuda ? "cuda:" + std::to_string(index) : "cpu"; }
 
 // Sizes as a message shows them; kAny as the letter of its place.
-std::string shape_text(const std::vector<int64_t>& sizes) {
+std::string shape_text(Sizes sizes) {
   static const char* const kNames[] = {"n", "m", "k", "l"};
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) {
+    const int64_t size = sizes.begin()[i];
     if (i) text += ", ";
-    text += sizes[i] == kAny ? kNames[i % 4] : std::to_string(sizes[i]);
+    text += size == kAny ? kNames[i % 4] : std::to_string(size);
   }
   return text + "]";
 }
 
-bool sizes_match(const Tensor& t, const std::vector<int64_t>& sizes) {
+bool sizes_match(const Tensor& t, Sizes sizes) {
   if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] != kAny && t.size(static_cast<int64_t>(i)) != sizes[i]) return false;
+  int64_t i = 0;
+  for (const int64_t size : sizes) {
+    if (size != kAny && t.size(i) != size) return false;
+    ++i;
   }
   return true;
 }
@@ -60,8 +52,8 @@ std::string describe(const Tensor& t) {
   std::ostringstream out;
   out << "[";
   for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "] " << dtype_name(t.scalar_type()) << " on "
-      << (t.is_cuda() || t.is_cpu() ? device_name(t.is_cuda(), t.get_device_index()) : "another device");
+  out << "] " << dtype_name(t.dtype()) << " on "
+      << (t.is_cuda() || t.is_cpu() ? device_name(t.is_cuda(), t.device_index()) : "another device");
   if (!t.is_contiguous()) {
     out << ", strides [";
     for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.stride(i);
@@ -71,20 +63,20 @@ std::string describe(const Tensor& t) {
 }
 
 Checker::Checker(const char* op, const Tensor& like)
-    : op_(op), is_cuda_(like.is_cuda()), device_index_(like.is_cuda() ? like.get_device_index() : -1) {}
+    : op_(op), is_cuda_(like.is_cuda()), device_index_(like.is_cuda() ? like.device_index() : -1) {}
 
 void Checker::fail(const std::string& arg, const std::string& expected, const std::string& got) const {
   throw std::runtime_error(std::string("polylora::") + op_ + ": " + arg + " must be " + expected + ", got " + got);
 }
 
 void Checker::device(const char* arg, const Tensor& t) const {
-  const bool same = t.is_cuda() == is_cuda_ && (is_cuda_ ? t.get_device_index() == device_index_ : t.is_cpu());
+  const bool same = t.is_cuda() == is_cuda_ && (is_cuda_ ? t.device_index() == device_index_ : t.is_cpu());
   if (!same) fail(arg, "on " + device_name(is_cuda_, device_index_), describe(t));
 }
 
-void Checker::matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, ScalarType dtype) const {
-  const std::vector<int64_t> sizes{rows, cols};
-  if (!sizes_match(t, sizes) || t.scalar_type() != dtype) {
+void Checker::matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, int32_t dtype) const {
+  const Sizes sizes{rows, cols};
+  if (!sizes_match(t, sizes) || t.dtype() != dtype) {
     fail(arg, shape_text(sizes) + " " + dtype_name(dtype) + " on " + device_name(is_cuda_, device_index_), describe(t));
   }
   device(arg, t);
@@ -93,8 +85,8 @@ void Checker::matrix(const char* arg, const Tensor& t, int64_t rows, int64_t col
   if (!unit || !apart) fail(arg, "row-major: last stride 1, row stride at least the row's length", describe(t));
 }
 
-void Checker::contiguous(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype) const {
-  if (!sizes_match(t, sizes) || t.scalar_type() != dtype || !t.is_contiguous()) {
+void Checker::contiguous(const char* arg, const Tensor& t, Sizes sizes, int32_t dtype) const {
+  if (!sizes_match(t, sizes) || t.dtype() != dtype || !t.is_contiguous()) {
     fail(arg,
          shape_text(sizes) + " " + dtype_name(dtype) + " on " + device_name(is_cuda_, device_index_) + ", contiguous",
          describe(t));
@@ -102,26 +94,19 @@ void Checker::contiguous(const char* arg, const Tensor& t, const std::vector<int
   device(arg, t);
 }
 
-bool Checker::ids(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes) const {
-  const ScalarType dtype = t.scalar_type();
-  if (dtype != ScalarType::Int && dtype != ScalarType::Long) {
+bool Checker::ids(const char* arg, const Tensor& t, Sizes sizes) const {
+  if (t.dtype() != dtype::kInt32 && t.dtype() != dtype::kInt64) {
     fail(arg, shape_text(sizes) + " int32 or int64", describe(t));
   }
-  contiguous(arg, t, sizes, dtype);
-  return dtype == ScalarType::Long;
+  contiguous(arg, t, sizes, t.dtype());
+  return t.dtype() == dtype::kInt64;
 }
 
 DType Checker::compute_dtype(const char* arg, const Tensor& t) const {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Float:
-      return DType::kFloat32;
-    default:
-      fail(arg, "bfloat16, float16 or float32", describe(t));
-  }
+  if (t.dtype() == dtype::kBFloat16) return DType::kBFloat16;
+  if (t.dtype() == dtype::kFloat16) return DType::kFloat16;
+  if (t.dtype() == dtype::kFloat32) return DType::kFloat32;
+  fail(arg, "bfloat16, float16 or float32", describe(t));
 }
 
 void Checker::aligned(const char* arg, const Tensor& t, int64_t bytes) const {

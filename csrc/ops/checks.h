@@ -1,21 +1,18 @@
 // Argument checks of the ops. A refusal names the op, the argument, what was expected and what came.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
-#include <optional>
+#include <initializer_list>
 #include <string>
-#include <vector>
 
+#include "boxing.h"
 #include "polylora/params.h"
 
 namespace polylora::ops {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 inline constexpr int64_t kAny = -1;
+
+using Sizes = std::initializer_list<int64_t>;
 
 /// Checks of one call. `like` is the tensor whose device all others must share.
 class Checker {
@@ -25,13 +22,13 @@ class Checker {
   [[noreturn]] void fail(const std::string& arg, const std::string& expected, const std::string& got) const;
 
   /// 2-D, last stride 1, row stride >= columns (rows do not overlap), of `dtype`. kAny matches any size.
-  void matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, ScalarType dtype) const;
+  void matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, int32_t dtype) const;
 
   /// Contiguous, of exactly these sizes (kAny matches any size), of `dtype`.
-  void contiguous(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype) const;
+  void contiguous(const char* arg, const Tensor& t, Sizes sizes, int32_t dtype) const;
 
   /// Contiguous int32 or int64 of these sizes; returns whether it is int64.
-  bool ids(const char* arg, const Tensor& t, const std::vector<int64_t>& sizes) const;
+  bool ids(const char* arg, const Tensor& t, Sizes sizes) const;
 
   /// dtype of x, y, A, B: bfloat16, float16 or float32.
   DType compute_dtype(const char* arg, const Tensor& t) const;

@@ -1,7 +1,4 @@
 // The ops: check the arguments, fill the params, run the backend. One template serves the CPU and CUDA.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <iterator>
 #include <limits>
@@ -11,10 +8,6 @@
 
 namespace polylora::ops {
 namespace {
-
-using IntList = std::vector<int64_t>;
-using TensorList = std::vector<Tensor>;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
@@ -44,8 +37,8 @@ void check_list(const Checker& check, const char* arg, const TensorList& list, i
 }
 
 // Fills everything but the pointers' use: `k` is the input width that A must have (kAny: embedding).
-SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, ScalarType dtype) {
-  check.contiguous("table", args.table, {kAny, kAny, sizeof(SliceEntry) / sizeof(int32_t)}, ScalarType::Int);
+SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, int32_t dtype) {
+  check.contiguous("table", args.table, {kAny, kAny, sizeof(SliceEntry) / sizeof(int32_t)}, dtype::kInt32);
   check.aligned("table", args.table, alignof(SliceEntry));
   const int64_t groups = args.table.size(0);
   const int64_t count = args.table.size(1);
@@ -75,7 +68,7 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, Scala
     for (const Tensor& t : *args.b) check.contiguous("b", t, {kAny}, dtype);
     for (int64_t s = 0; s < count; ++s) {
       set.b[s] = of_slice(*args.b, s).data_ptr();
-      set.b_elements[s] = of_slice(*args.b, s).numel();
+      set.b_elements[s] = of_slice(*args.b, s).size(0);
     }
   }
   if (args.widths) {
@@ -123,13 +116,13 @@ void check_columns(const Checker& check, const char* arg, const Tensor& y, const
 
 PlanView checked_plan(const Checker& check, const Tensor& plan, int64_t rows, int64_t groups, int64_t pairs) {
   const int64_t words = plan_layout(rows, groups, pairs).words;
-  if (plan.dim() != 1 || plan.numel() != words || plan.scalar_type() != ScalarType::Int) {
+  if (plan.dim() != 1 || plan.size(0) != words || plan.dtype() != dtype::kInt32) {
     check.fail("plan",
                "[" + std::to_string(words) + "] int32 (made for " + std::to_string(rows) + " rows, " +
                    std::to_string(groups) + " groups" + (pairs ? ", " + std::to_string(pairs) + " mapped pairs)" : ")"),
                describe(plan));
   }
-  check.contiguous("plan", plan, {words}, ScalarType::Int);
+  check.contiguous("plan", plan, {words}, dtype::kInt32);
   check.aligned("plan", plan, alignof(Tile));
   return plan_view(int32_data(plan), rows, groups, pairs);
 }
@@ -149,9 +142,7 @@ PlanView filled_plan(const Checker& check, const Tensor& plan, int64_t rows, int
 }
 
 // On the CPU what the kernels must take as it comes can be looked at: entries of the groups in use, and the row map.
-void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used,
-                  const int32_t* a_cols) {
-  if (!like.is_cpu()) return;
+void check_on_cpu(const Checker& check, const LoraParams& p, int64_t a_rows_used, const int32_t* a_cols) {
   for (int32_t run = 0; run < p.plan.header[kPlanRuns]; ++run) {
     const int64_t group = p.plan.run_group[run];
     for (int32_t s = 0; s < p.slices.count; ++s) {
@@ -182,14 +173,15 @@ void check_on_cpu(const Checker& check, const Tensor& like, const LoraParams& p,
 bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1,
                     const int32_t* a_cols = nullptr) {
   if (p.rows == 0 || p.slices.groups == 0) return false;
-  check_on_cpu(check, like, p, a_rows_used, a_cols);
-  return true;
+  if (!like.is_cpu()) return true;
+  check_on_cpu(check, p, a_rows_used, a_cols);
+  return p.plan.header[kPlanRuns] > 0;
 }
 
 // The intermediate of an op that allocates it itself.
 Tensor scratch_v(const Checker& check, LoraParams& p, const Tensor& like, int64_t v_width) {
   check.range("v_width", v_width, 0, kMaxInt32);
-  Tensor v = torch::stable::empty({p.rows, v_width}, ScalarType::Float, std::nullopt, like.device());
+  Tensor v = empty_bytes(p.rows * v_width * int64_t{sizeof(float)}, like);
   p.v = static_cast<float*>(v.data_ptr());
   p.v_stride = v_width;
   p.v_width = static_cast<int32_t>(v_width);
@@ -199,7 +191,7 @@ Tensor scratch_v(const Checker& check, LoraParams& p, const Tensor& like, int64_
 // Working memory of `bytes` for one call, or nothing.
 OptionalTensor scratch(LoraParams& p, const Tensor& like, int64_t bytes) {
   if (bytes == 0) return std::nullopt;
-  Tensor memory = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
+  Tensor memory = empty_bytes(bytes, like);
   p.scratch = memory.data_ptr();
   return memory;
 }
@@ -223,7 +215,7 @@ void run_linear(const Checker& check, LoraParams& p, const Tensor& like, int64_t
 
 const int32_t* checked_row_map(const Checker& check, const OptionalTensor& row_map, int64_t rows) {
   if (!row_map) return nullptr;
-  check.contiguous("row_map", *row_map, {rows}, ScalarType::Int);
+  check.contiguous("row_map", *row_map, {rows}, dtype::kInt32);
   return int32_data(*row_map);
 }
 
@@ -260,8 +252,8 @@ void moe_plan(Tensor plan, Tensor topk_ids, Tensor token_slots, int64_t num_slot
   p.ids_are_int64 = check.ids("topk_ids", topk_ids, {kAny, kAny});
   const int64_t tokens = topk_ids.size(0);
   const int64_t top_k = topk_ids.size(1);
-  check.range("topk_ids.numel()", topk_ids.numel(), 0, kMaxInt32 / 8);
-  check.contiguous("token_slots", token_slots, {tokens}, ScalarType::Int);
+  check.range("topk_ids.numel()", tokens * top_k, 0, kMaxInt32 / 8);
+  check.contiguous("token_slots", token_slots, {tokens}, dtype::kInt32);
   check.range("num_slots", num_slots, 0, kMaxInt32);
   check.range("num_experts", num_experts, 1, kMaxInt32);
   check.range("num_slots * num_experts", num_slots * num_experts, 0, kMaxInt32);
@@ -269,12 +261,12 @@ void moe_plan(Tensor plan, Tensor topk_ids, Tensor token_slots, int64_t num_slot
   p.rows = p.pairs;
   p.global_experts = static_cast<int32_t>(num_experts);
   if (expert_map) {
-    check.contiguous("expert_map", *expert_map, {kAny}, ScalarType::Int);
+    check.contiguous("expert_map", *expert_map, {kAny}, dtype::kInt32);
     p.expert_map = int32_data(*expert_map);
     p.global_experts = static_cast<int32_t>(expert_map->size(0));
   }
   if (row_map) {
-    check.contiguous("row_map", *row_map, {kAny}, ScalarType::Int);
+    check.contiguous("row_map", *row_map, {kAny}, dtype::kInt32);
     check.range("row_map.size(0)", row_map->size(0), 0, kMaxInt32 / 8);
     p.row_map = int32_data(*row_map);
     p.rows = row_map->size(0);
@@ -296,14 +288,14 @@ void shrink(Tensor v, Tensor x, TensorList a, Tensor table, Tensor plan) {
   const Checker check("shrink", v);
   LoraParams p{};
   p.dtype = check.compute_dtype("x", x);
-  check.matrix("x", x, kAny, kAny, x.scalar_type());
+  check.matrix("x", x, kAny, kAny, x.dtype());
   p.rows = x.size(0);
-  check.matrix("v", v, p.rows, kAny, ScalarType::Float);
+  check.matrix("v", v, p.rows, kAny, dtype::kFloat32);
   set_x(p, x);
   p.v = static_cast<float*>(v.data_ptr());
   p.v_stride = Checker::pitch(v);
   p.v_width = static_cast<int32_t>(v.size(1));
-  p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.scalar_type());
+  p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.dtype());
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   if (adds_something(check, v, p)) run_shrink(Backend(v), p, v);
 }
@@ -313,14 +305,14 @@ void expand_(Tensor y, Tensor v, TensorList b, Tensor table, Tensor plan, IntLis
   const Checker check("expand_", y);
   LoraParams p{};
   p.dtype = check.compute_dtype("y", y);
-  check.matrix("y", y, kAny, kAny, y.scalar_type());
+  check.matrix("y", y, kAny, kAny, y.dtype());
   p.rows = y.size(0);
-  check.matrix("v", v, p.rows, kAny, ScalarType::Float);
+  check.matrix("v", v, p.rows, kAny, dtype::kFloat32);
   set_y(p, y);
   p.v = static_cast<float*>(v.data_ptr());
   p.v_stride = Checker::pitch(v);
   p.v_width = static_cast<int32_t>(v.size(1));
-  p.slices = slice_set(check, {nullptr, &b, table, &widths, &cols, 1}, kAny, y.scalar_type());
+  p.slices = slice_set(check, {nullptr, &b, table, &widths, &cols, 1}, kAny, y.dtype());
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   if (adds_something(check, y, p)) Backend(y).expand(p);
@@ -332,12 +324,12 @@ void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tenso
   const Checker check("linear_", y);
   LoraParams p{};
   p.dtype = check.compute_dtype("y", y);
-  check.matrix("y", y, kAny, kAny, y.scalar_type());
+  check.matrix("y", y, kAny, kAny, y.dtype());
   p.rows = y.size(0);
-  check.matrix("x", x, p.rows, kAny, y.scalar_type());
+  check.matrix("x", x, p.rows, kAny, y.dtype());
   set_x(p, x);
   set_y(p, y);
-  p.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, p.k, y.scalar_type());
+  p.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, p.k, y.dtype());
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   run_linear<Backend>(check, p, y, v_width);
@@ -349,7 +341,7 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   const Checker check("embedding_", y);
   EmbeddingParams p{};
   p.lora.dtype = check.compute_dtype("y", y);
-  check.matrix("y", y, kAny, kAny, y.scalar_type());
+  check.matrix("y", y, kAny, kAny, y.dtype());
   p.lora.rows = y.size(0);
   p.ids_are_int64 = check.ids("token_ids", token_ids, {p.lora.rows});
   p.token_ids = token_ids.data_ptr();
@@ -357,7 +349,7 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   p.vocab = vocab;
   set_y(p.lora, y);
   // rank rows over the vocabulary, or token rows over the rank: the columns of A are checked accordingly
-  p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, token_major ? kAny : vocab, y.scalar_type());
+  p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, token_major ? kAny : vocab, y.dtype());
   for (const Tensor& t : a) {
     if (token_major && vocab > t.size(0)) {
       check.fail("vocab", "at most the " + std::to_string(t.size(0)) + " tokens of a", std::to_string(vocab));
@@ -401,17 +393,17 @@ struct MoeArgs {
 LoraParams moe_params(const Checker& check, const MoeArgs& args) {
   LoraParams p{};
   p.dtype = check.compute_dtype(args.y_name, args.y);
-  check.matrix(args.y_name, args.y, kAny, kAny, args.y.scalar_type());
+  check.matrix(args.y_name, args.y, kAny, kAny, args.y.dtype());
   p.rows = args.y.size(0);
   if (!args.row_map && p.rows != args.pairs) {
     check.fail(args.y_name, "of " + std::to_string(args.pairs) + " rows, one a (token, expert) pair", describe(args.y));
   }
-  check.matrix(args.x_name, args.x, args.x_rows, kAny, args.y.scalar_type());
+  check.matrix(args.x_name, args.x, args.x_rows, kAny, args.y.dtype());
   set_x(p, args.x);
   set_y(p, args.y);
   p.row_map = checked_row_map(check, args.row_map, p.rows);
   check.range("col_stride", args.slices.col_stride, 1, kMaxInt32);
-  p.slices = slice_set(check, args.slices, p.k, args.y.scalar_type());
+  p.slices = slice_set(check, args.slices, p.k, args.y.dtype());
   check_columns(check, args.y_name, args.y, p.slices);
   p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, args.row_map ? args.pairs : 0);
   return p;
@@ -421,7 +413,7 @@ LoraParams moe_params(const Checker& check, const MoeArgs& args) {
 LoraParams gate_up_params(const Checker& check, const char* y_name, const Tensor& y, const Tensor& x,
                           const SliceArgs& slices, const Tensor& plan, int64_t top_k, const OptionalTensor& row_map) {
   check.range("top_k", top_k, 1, kMaxInt32);
-  check.matrix("x", x, kAny, kAny, x.scalar_type());
+  check.matrix("x", x, kAny, kAny, x.dtype());
   const int64_t pairs = x.size(0) * top_k;
   LoraParams p = moe_params(check, {y_name, y, "x", x, kAny, slices, plan, pairs, row_map});
   p.x_div = static_cast<int32_t>(top_k);
@@ -432,9 +424,10 @@ LoraParams gate_up_params(const Checker& check, const char* y_name, const Tensor
 LoraParams down_params(const Checker& check, const char* y_name, const Tensor& y, const Tensor& h,
                        const SliceArgs& slices, const Tensor& plan, const Tensor& topk_weights,
                        const OptionalTensor& row_map) {
-  check.contiguous("topk_weights", topk_weights, {kAny, kAny}, ScalarType::Float);
-  LoraParams p = moe_params(
-      check, {y_name, y, "h", h, y.dim() > 0 ? y.size(0) : kAny, slices, plan, topk_weights.numel(), row_map});
+  check.contiguous("topk_weights", topk_weights, {kAny, kAny}, dtype::kFloat32);
+  const int64_t rows = y.dim() > 0 ? y.size(0) : kAny;
+  const int64_t pairs = topk_weights.size(0) * topk_weights.size(1);
+  LoraParams p = moe_params(check, {y_name, y, "h", h, rows, slices, plan, pairs, row_map});
   p.row_weight = static_cast<const float*>(topk_weights.data_ptr());
   return p;
 }
@@ -472,7 +465,7 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   check.range("act", act, 0, static_cast<int64_t>(Activation::kSwigluOai));
   p.act = static_cast<Activation>(act);
   if (p.act == Activation::kSwigluOai && set.count != 2) check.fail("act", "gated for swiglu_oai", "one slice");
-  check.matrix("h", h, p.lora.rows, set.width[0], y1.scalar_type());
+  check.matrix("h", h, p.lora.rows, set.width[0], y1.dtype());
   p.h = h.data_ptr();
   p.h_stride = Checker::pitch(h);
   p.alpha = static_cast<float>(alpha);
@@ -497,7 +490,7 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   }
   p.tokens = topk_weights.size(0);
   p.top_k = static_cast<int32_t>(topk_weights.size(1));
-  check.matrix("out", out, p.tokens, p.lora.slices.width[0], y2.scalar_type());
+  check.matrix("out", out, p.tokens, p.lora.slices.width[0], y2.dtype());
   p.out = out.data_ptr();
   p.out_stride = Checker::pitch(out);
   p.y_weighted = y2_weighted;
@@ -510,16 +503,16 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
 
 template <class Backend>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("plan", TORCH_BOX(&plan<Backend>));
-  m.impl("moe_plan", TORCH_BOX(&moe_plan<Backend>));
-  m.impl("shrink", TORCH_BOX(&shrink<Backend>));
-  m.impl("expand_", TORCH_BOX(&expand_<Backend>));
-  m.impl("linear_", TORCH_BOX(&linear_<Backend>));
-  m.impl("embedding_", TORCH_BOX(&embedding_<Backend>));
-  m.impl("moe_gate_up_", TORCH_BOX(&moe_gate_up_<Backend>));
-  m.impl("moe_down_", TORCH_BOX(&moe_down_<Backend>));
-  m.impl("moe_gate_up_act", TORCH_BOX(&moe_gate_up_act<Backend>));
-  m.impl("moe_down_reduce", TORCH_BOX(&moe_down_reduce<Backend>));
+  m.impl("plan", &Boxed<&plan<Backend>>::call);
+  m.impl("moe_plan", &Boxed<&moe_plan<Backend>>::call);
+  m.impl("shrink", &Boxed<&shrink<Backend>>::call);
+  m.impl("expand_", &Boxed<&expand_<Backend>>::call);
+  m.impl("linear_", &Boxed<&linear_<Backend>>::call);
+  m.impl("embedding_", &Boxed<&embedding_<Backend>>::call);
+  m.impl("moe_gate_up_", &Boxed<&moe_gate_up_<Backend>>::call);
+  m.impl("moe_down_", &Boxed<&moe_down_<Backend>>::call);
+  m.impl("moe_gate_up_act", &Boxed<&moe_gate_up_act<Backend>>::call);
+  m.impl("moe_down_reduce", &Boxed<&moe_down_reduce<Backend>>::call);
 }
 
 }  // namespace
