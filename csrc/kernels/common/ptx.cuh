@@ -60,10 +60,12 @@ __device__ __forceinline__ int4 load_fresh16(const void* p) {
   return v;
 }
 
-/// ld.relaxed.gpu.global: from L2, whatever L1 remembers
+/// ld.relaxed.gpu.global: from L2, whatever L1 remembers. What all layers of a step read again is to stay there while
+/// the base layers' weights stream past.
 __device__ __forceinline__ int load_fresh4(const void* p) {
   int v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  constexpr uint64_t kEvictLast = 0x14f0000000000000;  // as createpolicy.fractional.L2::evict_last makes it
+  asm volatile("ld.relaxed.gpu.global.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(kEvictLast) : "memory");
   return v;
 }
 
