@@ -145,7 +145,8 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
         const int e = first + i * blockDim.x;
         bits[i] = uint2{0, 0};
         if (e < items && rank_of(e) < rank) {
-          bits[i] = *reinterpret_cast<const uint2*>(operands.row(task, s, item.row[rows.begin + row_of(e)]) + rank_of(e));
+          bits[i] =
+              *reinterpret_cast<const uint2*>(operands.row(task, s, item.row[rows.begin + row_of(e)]) + rank_of(e));
         }
       }
 #pragma unroll

@@ -1,9 +1,9 @@
-// expand on its own, sm_80 and later: the public op, and the second half of linear where linear_wide.cu does not run and
-// of embedding.
+// expand on its own, sm_80 and later: the public op, and the second half of linear where linear_wide.cu does not run
+// and of embedding.
 //
 // The units of all wide tiles are shared evenly by the blocks, each a range of neighbours, walked by ExpandStream.
-// After our own first half, all but v may be read before that has ended: it lets this kernel start only when all that came
-// before it is done. Else tile, table and rows are read before the kernel before has ended, and compared after it.
+// After our own first half, all but v may be read before that has ended: it lets this kernel start only when all that
+// came before it is done. Else tile, table and rows are read before the kernel before has ended, and compared after it.
 #include "linear/expand_stream.cuh"
 #include "linear/paths.h"
 

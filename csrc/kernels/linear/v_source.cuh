@@ -102,8 +102,8 @@ inline TokenSource token_source(const EmbeddingParams& e) {
   return {e.token_ids, e.ids_are_int64, e.token_major, e.vocab};
 }
 
-/// The operands of embedding for wide tiles, in the call's scratch. Where A is [ranks, tokens], only the table knows how
-/// many ranks there are.
+/// The operands of embedding for wide tiles, in the call's scratch. Where A is [ranks, tokens], only the table knows
+/// how many ranks there are.
 inline Operands lookup_operands(const EmbeddingParams& e) {
   int64_t ranks = e.token_major ? 0 : kMaxRank;
   for (int s = 0; e.token_major && s < e.lora.slices.count; ++s) {
