@@ -106,6 +106,13 @@ __device__ __forceinline__ void copy_async16(void* smem, const void* gmem, uint3
       : "memory");
 }
 
+/// %tid.x, in a way that the compiler does not take for threadIdx.x
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 /// cp.async.commit_group
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -210,6 +217,12 @@ __device__ __forceinline__ void wait_barrier_cluster(uint64_t* barrier, uint32_t
 __device__ __forceinline__ void store_async(uint32_t address, float4 v, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address),
                "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_async(uint32_t address, uint4 v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
                : "memory");
 }
 

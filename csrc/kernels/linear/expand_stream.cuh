@@ -225,17 +225,25 @@ class ExpandStream {
     start_pieces(0);
   }
 
-  /// Instead, one by one, while the ring's place for B is still in use: the first kAhead pieces of y, then B.
+  /// Instead, while the ring's place for B is still in use: the first kAhead pieces of y, one by one or all from
+  /// `first` on, then B.
   static constexpr int kAhead = kStages - 1;
   __device__ __forceinline__ void start_piece(int i) const { start_y(i * kPieceBytes, i); }
-  __device__ __forceinline__ void start_rest(int first_piece) const {
-    start_pieces(first_piece);
+  __device__ __forceinline__ void start_pieces(int first) const {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < first) continue;
+      start_piece(i);
+      ptx::commit_copies();
+    }
+  }
+  __device__ __forceinline__ void start_last_panel() const {
     start_panel(0);
     ptx::commit_copies();
   }
 
   /// All units. v of the slice is in shared memory, or on its way: the first panel syncs. `token`: rows without one
-  /// stay as they are. `b_is_last`: after start_rest.
+  /// stay as they are. `b_is_last`: after start_last_panel.
   __device__ __forceinline__ void run(const T* smem_v, int pitch, const int64_t* token = nullptr,
                                       bool b_is_last = false) {
     if (b_is_last) ptx::wait_copies<0>();
@@ -268,15 +276,6 @@ class ExpandStream {
   // this thread's part of the warp's ring: of a piece 16 bytes of row g, and 512 bytes further 16 of row g + 8
   __device__ __forceinline__ unsigned char* my_ring() const {
     return ring_ + warp() * (kStages * kPieceBytes) + lane() * 16;
-  }
-
-  __device__ __forceinline__ void start_pieces(int first) const {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (i < first) continue;
-      start_piece(i);
-      ptx::commit_copies();
-    }
   }
 
   // The piece `ahead` steps from here.

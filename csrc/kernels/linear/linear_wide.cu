@@ -1,16 +1,18 @@
 // linear for prefill in one launch, sm_90a: a cluster of blocks takes a wide tile of up to 128 rows of one group.
 //
-//   every block:  its part of K, all slices: x and A through a ring of stages (cp.async), wgmma     -> a plane of v
+//   every block:  its part of K, all slices: x and A through a ring of stages (cp.async), wgmma     -> sums of its part
 //                 the first of y, then of B, on their way meanwhile
-//                 the cluster's barrier
-//                 v of a slice, the planes added in the order of K; its part of the outputs          (ExpandStream)
+//                 the cluster's barrier: everybody's ring is free; sums to their owners, v to those that expand it
+//                 its part of the outputs                                                           (ExpandStream)
 //
 // x is read once, y once. K is shared so that few rows, too, occupy the device, and A comes from L2 once for every
-// tile; the planes stay in L2. One launch instead of two: no block waits for the last one of a grid, and y streams
-// while v is exchanged. Also shrink on its own, where the blocks of a cluster share the rows to add.
+// tile. The sums go through the blocks' shared memory (exchange.cuh); only v of more ranks than a pass over x takes, or
+// than shared memory has room for, goes through a plane in L2. One launch instead of two: no block waits for the last
+// one of a grid, and y streams while v is exchanged. Also shrink on its own, where the owners of sums write v.
 //
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
 // The order of all sums depends on the capacities of the call alone.
+#include "linear/exchange.cuh"
 #include "linear/expand_stream.cuh"
 #include "linear/paths.h"
 
@@ -23,11 +25,11 @@ namespace {
 constexpr int kThreads = 512;  // four warpgroups: two share the rows of a pass over x, two its ranks
 constexpr int kSmem = 227 * 1024;
 constexpr int kPitch = StreamV::pitch(kMaxRank);
-constexpr int kVBytes = kWideTileRows * kPitch * 2;
-constexpr int kItemAt = kSmem - static_cast<int>(sizeof(WideItem));
-constexpr int kVAt = kItemAt - kVBytes;
+constexpr int kExchangeAt = kSmem - static_cast<int>(sizeof(ExchangeBarriers));
+constexpr int kItemAt = kExchangeAt - static_cast<int>(sizeof(WideItem));
+constexpr int v_at(int pitch) { return kItemAt - kWideTileRows * pitch * 2; }
+static_assert(32 * kMaxBlocks == kMaxRank);  // the widest v is alike, whether a slice's or all slices'
 
-constexpr int kExpandStages = 5;
 constexpr int kPanelBytes = 32 * 1024;  // of B
 
 constexpr int kSliceUnits = 4;  // what beginning another slice costs a block, in units: latencies
@@ -84,23 +86,45 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
 #if POLYLORA_HAS_WGMMA
   constexpr int kAllTiles = 2 * kTiles;
   using Copies = WideCopies<T, kThreads, kAllTiles>;
-  using Stream = ExpandStream<T, kThreads, kExpandStages, kPanelBytes>;
-  // Shared memory: y, B, v, item, and where B and v come later, x and A. Many ranks take the place of y, too; else the
-  // first of y comes after the last of x, while v is exchanged.
+  // Shared memory: y, B, v, item, barriers, and where B and v come later, x and A. Many ranks take the place of y, too;
+  // else the first of y comes after the last of x. Sums to add come right before v, and y and B no sooner than they are
+  // out of the way.
   constexpr bool kEarlyY = kTiles <= 4;
+  using Stream = ExpandStream<T, kThreads, kEarlyY ? 5 : 4, kPanelBytes>;
   constexpr int kRingAt = kEarlyY ? Stream::kPanelsAt : 0;
   constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
   constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
-  static_assert(Stream::kBytes <= kVAt && kRingAt % 1024 == 0);
+  static_assert(Stream::kBytes <= v_at(kPitch) && kRingAt % 1024 == 0);
   unsigned char* smem = ptx::dynamic_smem();
   unsigned char* ring = smem + kRingAt;  // of x and A
-  T* smem_v = reinterpret_cast<T*>(smem + kVAt);
   WideItem& item = *reinterpret_cast<WideItem*>(smem + kItemAt);
+  ExchangeBarriers& exchange = *reinterpret_cast<ExchangeBarriers*>(smem + kExchangeAt);
   const auto parts = [] { return static_cast<int>(ptx::cluster_size()); };
   const int group = threadIdx.x / 128;
   const int first_tile = group / 2 * kTiles;  // of a pass
+  // of v: all slices' side by side, right from the blocks that add it; or a slice's at a time, from a plane
+  const auto is_direct = [&] { return task.y != nullptr && item.rank_tiles <= kAllTiles && item.blocks <= kMaxBlocks; };
+  const auto v_pitch = [&] { return is_direct() ? StreamV::pitch(32 * item.blocks) : kPitch; };
+  const auto smem_v = [&] { return reinterpret_cast<T*>(smem + v_at(v_pitch())); };
+  const auto shared_v = [&] { return SharedV<T>(task, item, smem_v(), v_pitch(), parts()); };
+  const auto units_of = [&](int base) {
+    const int tiles = min(kAllTiles, item.rank_tiles - base);
+    return SumUnits(item, base, tiles, is_direct(), parts());
+  };
+  const auto inbox_at = [&](const SumUnits& units) {
+    return (is_direct() ? v_at(v_pitch()) : kItemAt) - units.inbox_bytes();
+  };
+  // whether the first of y, and of B, may come while the sums of the last pass are on their way
+  const auto last_inbox_at = [&] { return inbox_at(units_of((item.rank_tiles - 1) / kAllTiles * kAllTiles)); };
+  const auto y_early = [&] { return last_inbox_at() >= Stream::kPanelsAt; };
+  const auto b_early = [&] { return last_inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
+  const auto start_early = [&](Stream& stream, int first_piece) {
+    stream.start_pieces(first_piece);
+    if (b_early()) stream.start_last_panel();
+  };
 
   ptx::launch_next_grid();
+  if (threadIdx.x == 0) exchange.init();
   WideJob::read(task, item, blockIdx.x / parts());
   bool guess = true;
 #pragma unroll 1
@@ -110,7 +134,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     bool more = false;
     Stream stream(task, item, smem);
     stream.set_none();
-    int started = Stream::kAhead;  // pieces of y
+    const auto begin_expand = [&](Stretch& stretch, Stream& stream) {
+      const bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
+      if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+      return more;
+    };
 #pragma unroll 1
     for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
       const Copies copies(task, item, base);
@@ -135,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         }
       }
       if (item.index >= item.tiles || item.rank_tiles == 0) break;
+      int started = Stream::kAhead;  // pieces of y
       if (kEarlyY && base + kAllTiles >= item.rank_tiles) {
-        more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
-        started = 0;
-        if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+        more = begin_expand(stretch, stream);
+        if (more && y_early()) started = 0;
       }
       float acc[kTiles][8];
 #pragma unroll
@@ -176,46 +204,92 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       }
       ptx::wgmma_wait<0>();
 
-      const int lane = threadIdx.x % 32;
-      const int first_row = threadIdx.x % 256 / 32 * 16 + lane / 4;
-      const SumStore store(task, item, ptx::cluster_rank(), first_row, lane % 4 * 2);
+      // the sums to their owners; none is sent before all blocks are done with their rings
+      const SumUnits units = units_of(base);
+      const int part = ptx::cluster_rank();
+      if (threadIdx.x == 0) {
+        exchange.sums.expect(units.bytes(part));
+        if (is_direct()) exchange.v.expect(shared_v().bytes(part, units.row_groups()));
+      }
+      ptx::cluster_arrive_relaxed();
+      if (kEarlyY) {
+        __syncthreads();  // all are done with the ring
+        if (more && y_early()) start_early(stream, started);
+      }
+      ptx::cluster_wait();
+      const unsigned char* inbox = smem + inbox_at(units);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        const int tile = base + first_tile + i;
-        if (tile >= item.rank_tiles) break;
+        if (base + first_tile + i >= item.rank_tiles) break;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) store.put(tile, j % 2, j / 2, {acc[i][2 * j], acc[i][2 * j + 1]});
+        for (int j = 0; j < 2; ++j) {
+          const int row_group = threadIdx.x % 256 / 32 * 2 + j;
+          if (row_group >= units.row_groups()) break;
+          units.send(inbox, &exchange.sums.barrier, part, row_group, first_tile + i,
+                     {acc[i][2 * j], acc[i][2 * j + 1], acc[i][4 + 2 * j], acc[i][5 + 2 * j]});
+        }
       }
-      __syncthreads();  // the ring is free
+      if (!kEarlyY && base + kAllTiles >= item.rank_tiles && y_early()) {
+        // only now there are registers for it, and none to keep it in
+        Stretch first_stretch;
+        Stream first_stream(task, item, smem);
+        if (begin_expand(first_stretch, first_stream)) start_early(first_stream, 0);
+      }
+
+      // what this block owns of them
+      exchange.sums.wait();
+      const SharedV<T> v = shared_v();
+      const int first = units.first(part), end = units.first(part + 1);
+#pragma unroll 1
+      for (int index = first + static_cast<int>(threadIdx.x) / 32; index < end; index += kThreads / 32) {
+        const SumUnits::Unit unit = units.unit(index);
+        float4 sums[2] = {units.add_parts(inbox, index - first, 0), {0.f, 0.f, 0.f, 0.f}};
+        if (unit.is_two) sums[1] = units.add_parts(inbox, index - first, 1);
+        if (is_direct()) {
+          v.send(&exchange.v.barrier, unit, sums[0], sums[1]);
+        } else {
+          const SumStore store(task, item, 0, unit.row, threadIdx.x % 4 * 2);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (i == 1 && !unit.is_two) break;
+            store.put(unit.tile + i, 0, 0, {sums[i].x, sums[i].y});
+            store.put(unit.tile + i, 0, 1, {sums[i].z, sums[i].w});
+          }
+        }
+      }
+      __syncthreads();  // the inbox is free
     }
     if (item.index >= item.tiles) break;
 
-    // ---- expand; or the sum alone
-    if (item.rank_tiles > 0 && task.planes > 0) {
-      ptx::cluster_arrive();
-      bool exchanged = false;
-      if (!kEarlyY) more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
+    // ---- expand
+    if (item.rank_tiles > 0 && task.y != nullptr) {
+      if (!is_direct()) ptx::cluster_arrive();
+      if (!kEarlyY) more = stretch.next(task, item, ptx::cluster_rank(), parts());
+      const int pitch = v_pitch();
+      const T* v = smem_v();
+      bool is_first = true;
+      const auto wait_for_v = [&] {
+        if (!is_first) return;
+        is_first = false;
+        if (!is_direct()) return ptx::cluster_wait();
+        exchange.v.wait();
+      };
 #pragma unroll 1
       while (more) {
-        const bool is_early = kEarlyY && !exchanged;
-        if (is_early) {
-          stream.start_rest(started);
-        } else {
-          stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+        const bool is_early = is_first && y_early();
+        if (!kEarlyY || !is_first) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+        if (!is_early) {
           stream.start();
+        } else if (!b_early()) {
+          stream.start_last_panel();
         }
-        if (!exchanged) ptx::cluster_wait();
-        exchanged = true;
-        load_v(smem_v, kPitch, task, item, stretch.slice, {0, kWideTileRows});
-        stream.run(smem_v, kPitch, nullptr, is_early);
+        wait_for_v();
+        if (!is_direct()) load_v(smem_v(), kPitch, task, item, stretch.slice, {0, kWideTileRows});
+        stream.run(is_direct() ? v + 32 * item.first_block[stretch.slice] : v, pitch, nullptr, is_early);
         more = stretch.next(task, item, ptx::cluster_rank(), parts());
         __syncthreads();  // all are done with the ring and v
       }
-      if (!exchanged) ptx::cluster_wait();
-      if (task.y == nullptr) {
-        const int part = ptx::cluster_rank();
-        add_planes_to_v(task, item, item.rows * part / parts(), item.rows * (part + 1) / parts());
-      }
+      wait_for_v();
     }
     const int next = item.index + gridDim.x / parts();
     if (next >= item.tiles) break;
@@ -242,6 +316,7 @@ cudaError_t launch_wide(int rank_tiles, const Device& device, const LaunchShape&
   return launch_wide<T, 8>(device, shape, task, stream);
 }
 
+constexpr int kMinParts = 2;  // a grid of single blocks has no clusters, and st.async is illegal there
 constexpr int kMaxParts = 16;
 
 // Parts of K, from the capacities of the call alone: the largest clusters of which the device holds one for each tile.
@@ -250,7 +325,7 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
   if (batch_invariant()) return cudaSuccess;
   const int64_t tiles = divide_up(p.rows, kWideTileRows);
   const int64_t most = divide_up(p.k, kChunkK) / 2;
-  for (parts = static_cast<int>(most < 1 ? 1 : min64(most, kMaxParts)); parts > 1; --parts) {
+  for (parts = static_cast<int>(most < kMinParts ? kMinParts : min64(most, kMaxParts)); parts > kMinParts; --parts) {
     int clusters = 0;
     const cudaError_t error =
         resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
@@ -262,14 +337,7 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
 
 }  // namespace
 
-cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
-  Device device;
-  int parts = 0;
-  cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = parts_of_k(p, device, parts);
-  bytes = p.y == nullptr && parts == 1 ? 0 : plane_bytes(p, parts);
-  return error;
-}
+int64_t wide_scratch(const LoraParams& p) { return plane_bytes(p, 1); }
 
 cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   LinearTask task = wide_task(p);
@@ -282,7 +350,7 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
     error = resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
   }
   if (error != cudaSuccess) return error;
-  if (p.y != nullptr || parts > 1) set_planes(task, p, parts);
+  if (p.y != nullptr) set_planes(task, p, 1);
   if (p.y != nullptr && parts >= task.slices) share_parts(task, parts);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));

@@ -7,6 +7,7 @@ namespace polylora::cuda {
 
 inline constexpr int kChunkK = 64;  // elements of K in a stage: 128 bytes a row
 inline constexpr int kMaxRankTiles = kMaxSlices * kMaxRank / kRankTile;
+inline constexpr int kMaxBlocks = 8;  // of 32 ranks, of which v of a whole tile has room in shared memory
 
 /// 16 ranks of a slice.
 struct RankTile {
@@ -26,17 +27,23 @@ struct WideItem {
   int32_t first_rank_tile[kMaxSlices];  // slices that share A and v_col share its rank tiles
   int32_t rank_tiles;
   RankTile rank_tile[kMaxRankTiles];
+  int32_t blocks;                      // of 32 ranks, as many for a slice as it begins
+  int32_t first_block[kMaxSlices];     // shared as rank tiles are
+  int32_t block_tile[kMaxBlocks + 1];  // the first rank tile of each of the first ones
+  int32_t is_distinct;                 // all slices are there and none shares
 };
 static_assert(sizeof(WideItem) % 16 == 0);  // what lies behind it is read in 16-byte pieces
 
 /// The words that a WideItem is made of, one a thread, so that one load a thread reads them again: the item is read
 /// before the kernel before has ended, and compared after it. Whatever stands in memory, nothing outside plan and table
 /// is read.
+///
+/// Who a thread is, is read again wherever it matters: what follows from it would fill registers from begin to end.
 class WideJob {
  public:
   /// All threads call it; it syncs at its end.
   __device__ __forceinline__ static void read(const LinearTask& task, WideItem& item, int index) {
-    const int thread = threadIdx.x;
+    const int thread = ptx::thread_again();
     if (thread < 7) item.head[thread] = ptx::load_fresh4(head_at(task, index));
     if (thread == 7) item.index = index;
     __syncthreads();
@@ -46,8 +53,8 @@ class WideJob {
       return;
     }
     if (has_entry_word(task))
-      reinterpret_cast<int32_t*>(item.entry)[thread - 8] = ptx::load_fresh4(entry_at(task, item));
-    if (has_row()) item.row[thread - 128] = load_row(task, item);
+      reinterpret_cast<int32_t*>(item.entry)[ptx::thread_again() - 8] = ptx::load_fresh4(entry_at(task, item));
+    if (has_row()) item.row[ptx::thread_again() - 128] = load_row(task, item);
     __syncthreads();
     if (thread < 32) derive(task, item, thread);
     __syncthreads();
@@ -55,34 +62,37 @@ class WideJob {
 
   /// Whether memory now holds something else. Finds the addresses again rather than to keep them: registers are short.
   __device__ __forceinline__ static bool differs(const LinearTask& task, const WideItem& item) {
-    const int thread = threadIdx.x;
+    const int thread = ptx::thread_again();
     if (thread < 7) return ptx::load_fresh4(head_at(task, item.index)) != item.head[thread];
     if (item.index >= item.tiles) return false;
     if (has_entry_word(task)) {
-      return ptx::load_fresh4(entry_at(task, item)) != reinterpret_cast<const int32_t*>(item.entry)[thread - 8];
+      return ptx::load_fresh4(entry_at(task, item)) !=
+             reinterpret_cast<const int32_t*>(item.entry)[ptx::thread_again() - 8];
     }
-    return has_row() && load_row(task, item) != item.row[thread - 128];
+    return has_row() && load_row(task, item) != item.row[ptx::thread_again() - 128];
   }
 
  private:
   static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2);
 
   __device__ __forceinline__ static const int32_t* head_at(const LinearTask& task, int index) {
-    const int thread = threadIdx.x;
+    const int thread = ptx::thread_again();
     if (thread < 4) return task.header + (thread < 3 ? thread : kPlanWideTiles);
     return reinterpret_cast<const int32_t*>(task.tile + min(index, task.max_tiles - 1)) + thread - 4;
   }
 
   __device__ __forceinline__ static bool has_entry_word(const LinearTask& task) {
-    return threadIdx.x - 8 < sizeof(SliceEntry) / 4 * task.slices;
+    return static_cast<uint32_t>(ptx::thread_again() - 8) < sizeof(SliceEntry) / 4 * task.slices;
   }
 
   __device__ __forceinline__ static const int32_t* entry_at(const LinearTask& task, const WideItem& item) {
     const uint32_t group = min(static_cast<uint32_t>(item.head[4]), static_cast<uint32_t>(task.groups - 1));
-    return reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices) + threadIdx.x - 8;
+    return reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices) + ptx::thread_again() - 8;
   }
 
-  __device__ __forceinline__ static bool has_row() { return threadIdx.x - 128 < kWideTileRows; }
+  __device__ __forceinline__ static bool has_row() {
+    return static_cast<uint32_t>(ptx::thread_again() - 128) < kWideTileRows;
+  }
 
   __device__ __forceinline__ static int rows_of(const LinearTask& task, const WideItem& item) {
     return min(max(item.head[6], 1), min(kWideTileRows, task.rows));
@@ -93,7 +103,7 @@ class WideJob {
   }
 
   __device__ __forceinline__ static int32_t load_row(const LinearTask& task, const WideItem& item) {
-    const int i = min(static_cast<int>(threadIdx.x) - 128, rows_of(task, item) - 1);
+    const int i = min(ptx::thread_again() - 128, rows_of(task, item) - 1);
     const int32_t row = ptx::load_fresh4(task.order + pos_of(task, item) + i);
     return static_cast<int32_t>(min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1)));
   }
@@ -123,29 +133,39 @@ class WideJob {
                           __match_any_sync(0xffffffffu, own_slice.a_stride);
     const int shares_with = __ffs(same) - 1;
     const bool own = rank > 0 && shares_with == lane;
-    const int tiles = own ? (rank + kRankTile - 1) / kRankTile : 0;
-    int first = tiles;  // rank tile: of the slices before
+    // rank tiles, and blocks of 32 ranks in the upper half of the word: a slice's own, then those up to it
+    const int own_counts = own ? (rank + kRankTile - 1) / kRankTile | (rank + 31) / 32 << 16 : 0;
+    int counts = own_counts;
 #pragma unroll
     for (int step = 1; step < kMaxSlices; step *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, first, step);
-      if (lane >= step) first += before;
+      const int before = __shfl_up_sync(0xffffffffu, counts, step);
+      if (lane >= step) counts += before;
     }
-    const int all = __shfl_sync(0xffffffffu, first, kMaxSlices - 1);
-    first = __shfl_sync(0xffffffffu, first - tiles, shares_with);
+    const int all_counts = __shfl_sync(0xffffffffu, counts, kMaxSlices - 1);
+    const int before = __shfl_sync(0xffffffffu, counts - own_counts, shares_with);
+    const int first = before & 0xffff, first_block = before >> 16;
+    const int all = all_counts & 0xffff, blocks = all_counts >> 16;
+    const bool is_distinct = !__any_sync(0xffffffffu, lane < task.slices && !own);
     // a table that claims more distinct ranks than v has columns for: no plane has room for them
     const bool room = task.planes == 0 || all * kRankTile <= task.plane_width;
     if (lane < task.slices) {
       item.rank[lane] = room ? rank : 0;
       item.first_rank_tile[lane] = first;
+      item.first_block[lane] = first_block;
     }
     for (int r = 0; own && room && r < rank; r += kRankTile) {
       item.rank_tile[first + r / kRankTile] = {static_cast<int16_t>(lane), static_cast<int16_t>(r)};
+      const int block = first_block + r / 32;
+      if (r % 32 == 0 && block < kMaxBlocks) item.block_tile[block] = first + r / kRankTile;
     }
     if (lane == 0) {
       item.tiles = tiles_of(task, item);
       item.rows = rows_of(task, item);
       item.pos = pos_of(task, item);
       item.rank_tiles = room ? all : 0;
+      item.blocks = blocks;
+      if (blocks <= kMaxBlocks) item.block_tile[blocks] = all;
+      item.is_distinct = is_distinct;
     }
   }
 };
@@ -174,12 +194,9 @@ class WideCopies {
   static constexpr int kABytes = kWideTileRows * kChunkK * 2;  // from a stage's begin to its part of A
 
   __device__ __forceinline__ WideCopies(const LinearTask& task, const WideItem& item, int first_rank_tile)
-      : task_(task) {
+      : task_(task), item_(item) {
 #pragma unroll
-    for (int i = 0; i < kXPieces; ++i) {
-      const int row = thread_row() + kRowsApart * i;
-      x_[i] = row < item.rows ? static_cast<uint32_t>(int64_t{item.row[row]} * task.x_stride / 8) : kNothing;
-    }
+    for (int i = 0; i < kXPieces && kHoldsX; ++i) x_[i] = find_x(i);
 #pragma unroll
     for (int i = 0; i < kAPieces; ++i) {
       const int row = thread_row() + kRowsApart * i;
@@ -202,8 +219,9 @@ class WideCopies {
     const T* x = static_cast<const T*>(task_.x);
 #pragma unroll
     for (int i = 0; i < kXPieces; ++i) {
-      const bool real = inside && x_[i] != kNothing;
-      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, real ? x + int64_t{x_[i]} * 8 + k : x, real ? 16 : 0);
+      const uint32_t piece = kHoldsX ? x_[i] : find_x(i);
+      const bool real = inside && piece != kNothing;
+      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, real ? x + int64_t{piece} * 8 + k : x, real ? 16 : 0);
     }
 #pragma unroll
     for (int i = 0; i < kAPieces; ++i) {
@@ -218,11 +236,19 @@ class WideCopies {
   static constexpr int kXPieces = kWideTileRows / kRowsApart;
   static constexpr int kAPieces = (kTiles * kRankTile + kRowsApart - 1) / kRowsApart;
   static constexpr uint32_t kNothing = ~0u;
+  static constexpr bool kHoldsX = kTiles < 16 || kThreads < 512;  // there all registers are taken
 
   __device__ __forceinline__ static int thread_row() { return threadIdx.x / 8; }
 
+  // In pieces from x on: 32 bits hold 64 GiB.
+  __device__ __forceinline__ uint32_t find_x(int i) const {
+    const int row = thread_row() + kRowsApart * i;
+    return row < item_.rows ? static_cast<uint32_t>(int64_t{item_.row[row]} * task_.x_stride / 8) : kNothing;
+  }
+
   const LinearTask& task_;
-  uint32_t x_[kXPieces];  // in pieces from x on: 32 bits hold 64 GiB
+  const WideItem& item_;
+  uint32_t x_[kXPieces];
   const T* a_[kAPieces];
 };
 

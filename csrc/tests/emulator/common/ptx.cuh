@@ -120,6 +120,7 @@ inline void wait_copies() {
   }
 }
 
+inline int thread_again() { return static_cast<int>(emu::self().thread.x); }
 inline unsigned char* dynamic_smem() { return emu::self().block->smem; }
 
 inline void wait_for_previous_grid() { emu::previous_grid_ended(); }
