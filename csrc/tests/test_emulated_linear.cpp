@@ -347,7 +347,9 @@ cudaError_t cluster(Problem& problem) {
 cudaError_t wide(Problem& problem) {
   LoraParams p = problem.params();
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
-  const GuardedBytes scratch(cuda::wide_scratch(p));
+  int64_t bytes = 0;
+  cuda::wide_scratch(p, bytes);
+  const GuardedBytes scratch(bytes);
   p.scratch = scratch.data();
   return cuda::linear_wide_path(p, nullptr);
 }
@@ -400,7 +402,13 @@ cudaError_t halves(LoraParams p, Shrink&& shrink, decltype(&cuda::expand_wide_pa
 }
 
 cudaError_t wide_halves(Problem& problem) {
-  return halves(problem.params(), [](const LoraParams& p) { return cuda::linear_wide_path(p, nullptr); });
+  return halves(problem.params(), [](LoraParams p) {
+    int64_t bytes = 0;
+    cuda::wide_scratch(p, bytes);
+    const GuardedBytes scratch(bytes);
+    p.scratch = scratch.data();
+    return cuda::linear_wide_path(p, nullptr);
+  });
 }
 
 cudaError_t mma_shrink(LoraParams p) {

@@ -106,10 +106,7 @@ cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
   Path path;
   cudaError_t error = choose_linear(params, path);
   if (error != cudaSuccess || path == Path::kCluster) return error;
-  if (path == Path::kWide) {
-    bytes = wide_scratch(params);
-    return cudaSuccess;
-  }
+  if (path == Path::kWide) return wide_scratch(params, bytes);
   if (path == Path::kGeneral) {
     bytes = params.rows * params.v_width * int64_t{sizeof(float)};
     return cudaSuccess;
@@ -147,7 +144,8 @@ cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {
   if (adds_nothing(params)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_shrink(params, path);
-  if (error != cudaSuccess || path != Path::kMma) return error;
+  if (error != cudaSuccess || path == Path::kGeneral) return error;
+  if (path == Path::kWide) return wide_scratch(params, bytes);
   int parts = 0;
   error = mma_parts(params, parts);
   if (parts > 1) bytes = plane_bytes(params, parts);

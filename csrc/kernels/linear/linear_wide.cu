@@ -2,13 +2,14 @@
 //
 //   every block:  its part of K, all slices: x and A through a ring of stages (cp.async), wgmma     -> sums of its part
 //                 the first of y, then of B, on their way meanwhile
-//                 the cluster's barrier: everybody's ring is free; sums to their owners, v to those that expand it
+//                 the cluster's barrier, and v of a slice from the sums of all parts, added in the order of K
 //                 its part of the outputs                                                           (ExpandStream)
 //
 // x is read once, y once. K is shared so that few rows, too, occupy the device, and A comes from L2 once for every
-// tile. The sums go through the blocks' shared memory (exchange.cuh); only v of more ranks than a pass over x takes, or
-// than shared memory has room for, goes through a plane in L2. One launch instead of two: no block waits for the last
-// one of a grid, and y streams while v is exchanged. Also shrink on its own, where the owners of sums write v.
+// tile. Sums of few ranks go through planes in L2, one for each part; those of many through the blocks' shared memory
+// (exchange.cuh), and v of more ranks than a pass over x takes, or than there is room for, through one plane. One
+// launch instead of two: no block waits for the last one of a grid, and y streams while v is exchanged. Also shrink on
+// its own, where the owners of sums write v.
 //
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
 // The order of all sums depends on the capacities of the call alone.
@@ -31,6 +32,11 @@ constexpr int v_at(int pitch) { return kItemAt - kWideTileRows * pitch * 2; }
 static_assert(32 * kMaxBlocks == kMaxRank);  // the widest v is alike, whether a slice's or all slices'
 
 constexpr int kPanelBytes = 32 * 1024;  // of B
+
+// Up to so many rank tiles of a pass over x, sums take one way through L2, where every block adds what it expands;
+// beyond, two through the cluster's shared memory, where each sum is added once. H200, qkv of 1024 rows, us: r16 19.2
+// and 20.6, r64 32.5 and 29.1.
+constexpr bool adds_through_l2(int tiles_of_pass) { return tiles_of_pass <= 4; }
 
 constexpr int kSliceUnits = 4;  // what beginning another slice costs a block, in units: latencies
 
@@ -85,6 +91,7 @@ template <typename T, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant__ LinearTask task) {
 #if POLYLORA_HAS_WGMMA
   constexpr int kAllTiles = 2 * kTiles;
+  constexpr bool kThroughL2 = adds_through_l2(kAllTiles);
   using Copies = WideCopies<T, kThreads, kAllTiles>;
   // Shared memory: y, B, v, item, barriers, and where B and v come later, x and A. Many ranks take the place of y, too;
   // else the first of y comes after the last of x. Sums to add come right before v, and y and B no sooner than they are
@@ -103,7 +110,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   const int group = threadIdx.x / 128;
   const int first_tile = group / 2 * kTiles;  // of a pass
   // of v: all slices' side by side, right from the blocks that add it; or a slice's at a time, from a plane
-  const auto is_direct = [&] { return task.y != nullptr && item.rank_tiles <= kAllTiles && item.blocks <= kMaxBlocks; };
+  const auto is_direct = [&] {
+    return !kThroughL2 && task.y != nullptr && item.rank_tiles <= kAllTiles && item.blocks <= kMaxBlocks;
+  };
   const auto v_pitch = [&] { return is_direct() ? StreamV::pitch(32 * item.blocks) : kPitch; };
   const auto smem_v = [&] { return reinterpret_cast<T*>(smem + v_at(v_pitch())); };
   const auto shared_v = [&] { return SharedV<T>(task, item, smem_v(), v_pitch(), parts()); };
@@ -116,15 +125,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   };
   // whether the first of y, and of B, may come while the sums of the last pass are on their way
   const auto last_inbox_at = [&] { return inbox_at(units_of((item.rank_tiles - 1) / kAllTiles * kAllTiles)); };
-  const auto y_early = [&] { return last_inbox_at() >= Stream::kPanelsAt; };
-  const auto b_early = [&] { return last_inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
+  const auto y_early = [&] { return kThroughL2 || last_inbox_at() >= Stream::kPanelsAt; };
+  const auto b_early = [&] { return kThroughL2 || last_inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
   const auto start_early = [&](Stream& stream, int first_piece) {
     stream.start_pieces(first_piece);
     if (b_early()) stream.start_last_panel();
   };
 
   ptx::launch_next_grid();
-  if (threadIdx.x == 0) exchange.init();
+  if (!kThroughL2 && threadIdx.x == 0) exchange.init();
   WideJob::read(task, item, blockIdx.x / parts());
   bool guess = true;
 #pragma unroll 1
@@ -204,6 +213,24 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       }
       ptx::wgmma_wait<0>();
 
+      if (kThroughL2) {
+        const int lane = threadIdx.x % 32;
+        const int first_row = threadIdx.x % 256 / 32 * 16 + lane / 4;
+        const SumStore store(task, item, ptx::cluster_rank(), first_row, lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          const int tile = base + first_tile + i;
+          if (tile >= item.rank_tiles) break;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) store.put(tile, j % 2, j / 2, {acc[i][2 * j], acc[i][2 * j + 1]});
+        }
+        __syncthreads();  // all are done with the ring
+        if (base + kAllTiles < item.rank_tiles) continue;
+        ptx::cluster_arrive();
+        if (more) start_early(stream, started);
+        break;
+      }
+
       // the sums to their owners; none is sent before all blocks are done with their rings
       const SumUnits units = units_of(base);
       const int part = ptx::cluster_rank();
@@ -262,8 +289,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     if (item.index >= item.tiles) break;
 
     // ---- expand
+    if (kThroughL2 && item.rank_tiles > 0 && task.y == nullptr) {
+      ptx::cluster_wait();
+      const int part = ptx::cluster_rank();
+      add_planes_to_v(task, item, item.rows * part / parts(), item.rows * (part + 1) / parts());
+    }
     if (item.rank_tiles > 0 && task.y != nullptr) {
-      if (!is_direct()) ptx::cluster_arrive();
+      if (!kThroughL2 && !is_direct()) ptx::cluster_arrive();
       if (!kEarlyY) more = stretch.next(task, item, ptx::cluster_rank(), parts());
       const int pitch = v_pitch();
       const T* v = smem_v();
@@ -335,9 +367,22 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
   return cudaSuccess;
 }
 
+// Planes of v in scratch: one for each part, or one for the sums of more ranks than shared memory has room for.
+cudaError_t planes_of(const LoraParams& p, const Device& device, int& planes) {
+  planes = p.y != nullptr;
+  return adds_through_l2(expected_rank_tiles(p)) ? parts_of_k(p, device, planes) : cudaSuccess;
+}
+
 }  // namespace
 
-int64_t wide_scratch(const LoraParams& p) { return plane_bytes(p, 1); }
+cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
+  Device device;
+  int planes = 0;
+  cudaError_t error = current_device(device);
+  if (error == cudaSuccess) error = planes_of(p, device, planes);
+  bytes = plane_bytes(p, planes);
+  return error;
+}
 
 cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   LinearTask task = wide_task(p);
@@ -350,7 +395,10 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
     error = resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
   }
   if (error != cudaSuccess) return error;
-  if (p.y != nullptr) set_planes(task, p, 1);
+  int planes = 0;
+  error = planes_of(p, device, planes);
+  if (error != cudaSuccess) return error;
+  if (planes > 0) set_planes(task, p, planes);
   if (p.y != nullptr && parts >= task.slices) share_parts(task, parts);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));

@@ -16,8 +16,8 @@ bool wide_shrink_serves(const LoraParams& params);
 bool wide_expand_serves(const LoraParams& params);
 bool wide_embedding_serves(const EmbeddingParams& params);
 
-/// linear for prefill in one launch (9.0); without y: shrink, which needs no scratch.
-int64_t wide_scratch(const LoraParams& params);  // bytes
+/// linear for prefill in one launch (9.0); without y: shrink. `bytes`: of scratch.
+cudaError_t wide_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_wide_path(const LoraParams& params, cudaStream_t stream);
 
 /// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v. With
