@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     if (kThroughL2 && item.rank_tiles > 0 && task.y == nullptr) {
       ptx::cluster_wait();
       const int part = ptx::cluster_rank();
-      add_planes_to_v(task, item, item.rows * part / parts(), item.rows * (part + 1) / parts());
+      if (task.planes > 0) add_planes_to_v(task, item, item.rows * part / parts(), item.rows * (part + 1) / parts());
     }
     if (item.rank_tiles > 0 && task.y != nullptr) {
       if (!kThroughL2 && !is_direct()) ptx::cluster_arrive();
@@ -348,7 +348,6 @@ cudaError_t launch_wide(int rank_tiles, const Device& device, const LaunchShape&
   return launch_wide<T, 8>(device, shape, task, stream);
 }
 
-constexpr int kMinParts = 2;  // a grid of single blocks has no clusters, and st.async is illegal there
 constexpr int kMaxParts = 16;
 
 // Parts of K, from the capacities of the call alone: the largest clusters of which the device holds one for each tile.
@@ -357,7 +356,9 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
   if (batch_invariant()) return cudaSuccess;
   const int64_t tiles = divide_up(p.rows, kWideTileRows);
   const int64_t most = divide_up(p.k, kChunkK) / 2;
-  for (parts = static_cast<int>(most < kMinParts ? kMinParts : min64(most, kMaxParts)); parts > kMinParts; --parts) {
+  // alone where a block's sums are v; else two that share the outputs, and st.async is illegal without a cluster
+  const int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
+  for (parts = static_cast<int>(most < least ? least : min64(most, kMaxParts)); parts > least; --parts) {
     int clusters = 0;
     const cudaError_t error =
         resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
@@ -370,7 +371,10 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
 // Planes of v in scratch: one for each part, or one for the sums of more ranks than shared memory has room for.
 cudaError_t planes_of(const LoraParams& p, const Device& device, int& planes) {
   planes = p.y != nullptr;
-  return adds_through_l2(expected_rank_tiles(p)) ? parts_of_k(p, device, planes) : cudaSuccess;
+  if (!adds_through_l2(expected_rank_tiles(p))) return cudaSuccess;
+  const cudaError_t error = parts_of_k(p, device, planes);
+  if (p.y == nullptr && planes == 1) planes = 0;
+  return error;
 }
 
 }  // namespace
