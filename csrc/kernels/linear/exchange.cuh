@@ -9,6 +9,9 @@
 
 namespace polylora::cuda {
 
+inline constexpr int kExchangeBytes = 32;  // of ExchangeBarriers
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 /// In shared memory: a barrier that counts the bytes that other blocks send. Its phase stands beside it: registers are
 /// short.
 struct ByteBarrier {
@@ -36,6 +39,7 @@ struct ExchangeBarriers {
     v.init();
   }
 };
+static_assert(sizeof(ExchangeBarriers) == kExchangeBytes);
 
 /// The units of a pass: 8 rows of a pair of rank tiles. Of a pair, the second may not be there. A rank tile's part of a
 /// unit is a fragment, as a warp's accumulators hold it: of lane 4g + t ranks 2t, 2t + 1, 8 + 2t, 9 + 2t of row g.
@@ -185,5 +189,6 @@ class SharedV {
   const int pitch_, parts_;
   bool by_slice_;
 };
+#endif
 
 }  // namespace polylora::cuda

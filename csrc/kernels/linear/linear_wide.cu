@@ -26,7 +26,7 @@ namespace {
 constexpr int kThreads = 512;  // four warpgroups: two share the rows of a pass over x, two its ranks
 constexpr int kSmem = 227 * 1024;
 constexpr int kPitch = StreamV::pitch(kMaxRank);
-constexpr int kExchangeAt = kSmem - static_cast<int>(sizeof(ExchangeBarriers));
+constexpr int kExchangeAt = kSmem - kExchangeBytes;
 constexpr int kItemAt = kExchangeAt - static_cast<int>(sizeof(WideItem));
 constexpr int v_at(int pitch) { return kItemAt - kWideTileRows * pitch * 2; }
 static_assert(32 * kMaxBlocks == kMaxRank);  // the widest v is alike, whether a slice's or all slices'
