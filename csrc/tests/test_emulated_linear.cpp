@@ -567,6 +567,19 @@ void prefill() {
     Shape shape{DType::kBFloat16, 150, 128, {64, 200, 64}, 2, {12, 24}, "segments"};
     shape.shared_a = true;
     run(name + ", one A for all slices", path, shape);
+    // sums of more than 64 ranks
+    shape.ranks = {100};
+    run(name + ", one A of many ranks for all slices", path, shape);
+    run(name + ", many ranks, absent slices", path,
+        {DType::kBFloat16, 140, 256, {64, 72, 40}, 3, {48, 0, 100, 0, 33, 17, 64, 64, 64}, "segments"});
+    run(name + ", more slices than v has room for side by side", path,
+        {DType::kBFloat16, 24, 256, {8, 8, 8, 64, 8, 8, 8, 8}, 2, {33, 16, 16, 16, 16, 16, 16, 8}, "mixed"});
+    for (int sms : {3, 7}) {  // tiles one after the other, in clusters of several sizes
+      cuda::emulated_device.sms = sms;
+      run(name + ", many ranks on " + std::to_string(sms) + " SMs", path,
+          {DType::kBFloat16, 200, 512, {128, 64}, 5, {64, 40, 8, 100}, "segments"});
+    }
+    cuda::emulated_device.sms = 132;
   }
   cuda::emulated_device = {0, 8, 84, 99 * 1024};  // 8.6: v of few rows at a time, half the ranks a pass over x
   run("8.6, many ranks", mma, {DType::kBFloat16, 150, 128, {64, 200}, 2, {200, 130, 64, 256}, "segments"});
