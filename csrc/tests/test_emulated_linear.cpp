@@ -569,9 +569,11 @@ void prefill() {
     run(name + ", one A for all slices", path, shape);
     // sums of more than 64 ranks
     shape.ranks = {100};
+    shape.k = 1024;  // parts enough for each slice to have its own
+    shape.rows = 70;
     run(name + ", one A of many ranks for all slices", path, shape);
     run(name + ", many ranks, absent slices", path,
-        {DType::kBFloat16, 140, 256, {64, 72, 40}, 3, {48, 0, 100, 0, 33, 17, 64, 64, 64}, "segments"});
+        {DType::kBFloat16, 70, 1024, {64, 72, 40}, 3, {48, 0, 100, 0, 33, 17, 64, 64, 64}, "segments"});
     run(name + ", more slices than v has room for side by side", path,
         {DType::kBFloat16, 24, 256, {8, 8, 8, 64, 8, 8, 8, 8}, 2, {33, 16, 16, 16, 16, 16, 16, 8}, "mixed"});
     for (int sms : {3, 7}) {  // tiles one after the other, in clusters of several sizes
