@@ -5,7 +5,7 @@
 // wanted of them, in linear to all blocks that expand the slice.
 #pragma once
 
-#include "linear/wide.cuh"
+#include "linear/expand_stream.cuh"
 
 namespace polylora::cuda {
 
@@ -154,13 +154,13 @@ class SharedV {
 
   /// Bytes that block `part` is sent.
   __device__ __forceinline__ uint32_t bytes(int part, int row_groups) const {
-    int blocks = item_.blocks;
+    int columns = 32 * item_.blocks;
     if (by_slice_) {
       int s = 0;
       while (part >= task_.first_part[s + 1]) ++s;
-      blocks = (item_.rank[s] + 31) / 32;
+      columns = StreamV::columns(item_.rank[s]);
     }
-    return static_cast<uint32_t>(blocks * row_groups * SumUnits::kRows * 32 * 2);
+    return static_cast<uint32_t>(columns * row_groups * SumUnits::kRows * 2);
   }
 
   /// A unit, of whose rank tiles' sums this lane has those of a fragment, to all blocks that expand its slice.
@@ -173,7 +173,7 @@ class SharedV {
     const auto packed = [&](float a, float b, int r) { return pack(r < left ? a : 0.f, r + 1 < left ? b : 0.f, T{}); };
     const uint4 bits{packed(first.x, first.y, 0), packed(first.z, first.w, 8), packed(second.x, second.y, 16),
                      packed(second.z, second.w, 24)};
-    const T* to = v_ + unit.row * pitch_ + 32 * unit.pair + 8 * t;
+    const T* to = v_ + unit.row * pitch_ + 32 * unit.pair + 8 * t;  // StreamV::place(2 * t), which would spill
     const int begin = by_slice_ ? task_.first_part[tile.slice] : 0;
     const int end = by_slice_ ? task_.first_part[tile.slice + 1] : parts_;
 #pragma unroll 1

@@ -14,7 +14,6 @@
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
 // The order of all sums depends on the capacities of the call alone.
 #include "linear/exchange.cuh"
-#include "linear/expand_stream.cuh"
 #include "linear/paths.h"
 
 // what only 9.0a compiles would count as unused in the passes for other devices
@@ -127,6 +126,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   const auto last_inbox_at = [&] { return inbox_at(units_of((item.rank_tiles - 1) / kAllTiles * kAllTiles)); };
   const auto y_early = [&] { return kThroughL2 || last_inbox_at() >= Stream::kPanelsAt; };
   const auto b_early = [&] { return kThroughL2 || last_inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
+  const auto begin_expand = [&](Stretch& stretch, Stream& stream) {
+    const bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
+    if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
+    return more;
+  };
   const auto start_early = [&](Stream& stream, int first_piece) {
     stream.start_pieces(first_piece);
     if (b_early()) stream.start_last_panel();
@@ -143,11 +147,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     bool more = false;
     Stream stream(task, item, smem);
     stream.set_none();
-    const auto begin_expand = [&](Stretch& stretch, Stream& stream) {
-      const bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
-      if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
-      return more;
-    };
 #pragma unroll 1
     for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
       const Copies copies(task, item, base);
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       if (!kThroughL2 && !is_direct()) ptx::cluster_arrive();
       if (!kEarlyY) more = stretch.next(task, item, ptx::cluster_rank(), parts());
       const int pitch = v_pitch();
-      const T* v = smem_v();
+      T* v = smem_v();
       bool is_first = true;
       const auto wait_for_v = [&] {
         if (!is_first) return;
@@ -316,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
           stream.start_last_panel();
         }
         wait_for_v();
-        if (!is_direct()) load_v(smem_v(), kPitch, task, item, stretch.slice, {0, kWideTileRows});
+        if (!is_direct()) load_v(v, pitch, task, item, stretch.slice, {0, kWideTileRows});
         stream.run(is_direct() ? v + 32 * item.first_block[stretch.slice] : v, pitch, nullptr, is_early);
         more = stretch.next(task, item, ptx::cluster_rank(), parts());
         __syncthreads();  // all are done with the ring and v
@@ -369,22 +368,19 @@ cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
 }
 
 // Planes of v in scratch: one for each part, or one for the sums of more ranks than shared memory has room for.
-cudaError_t planes_of(const LoraParams& p, const Device& device, int& planes) {
-  planes = p.y != nullptr;
-  if (!adds_through_l2(expected_rank_tiles(p))) return cudaSuccess;
-  const cudaError_t error = parts_of_k(p, device, planes);
-  if (p.y == nullptr && planes == 1) planes = 0;
-  return error;
+int planes_of(const LoraParams& p, int parts) {
+  if (!adds_through_l2(expected_rank_tiles(p))) return p.y != nullptr;
+  return p.y == nullptr && parts == 1 ? 0 : parts;
 }
 
 }  // namespace
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   Device device;
-  int planes = 0;
+  int parts = 0;
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = planes_of(p, device, planes);
-  bytes = plane_bytes(p, planes);
+  if (error == cudaSuccess) error = parts_of_k(p, device, parts);
+  bytes = plane_bytes(p, planes_of(p, parts));
   return error;
 }
 
@@ -399,9 +395,7 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
     error = resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
   }
   if (error != cudaSuccess) return error;
-  int planes = 0;
-  error = planes_of(p, device, planes);
-  if (error != cudaSuccess) return error;
+  const int planes = planes_of(p, parts);
   if (planes > 0) set_planes(task, p, planes);
   if (p.y != nullptr && parts >= task.slices) share_parts(task, parts);
   LaunchShape shape;

@@ -194,9 +194,12 @@ class WideCopies {
   static constexpr int kABytes = kWideTileRows * kChunkK * 2;  // from a stage's begin to its part of A
 
   __device__ __forceinline__ WideCopies(const LinearTask& task, const WideItem& item, int first_rank_tile)
-      : task_(task), item_(item) {
+      : task_(task) {
 #pragma unroll
-    for (int i = 0; i < kXPieces && kHoldsX; ++i) x_[i] = find_x(i);
+    for (int i = 0; i < kXPieces; ++i) {
+      const int row = thread_row() + kRowsApart * i;
+      x_[i] = row < item.rows ? static_cast<uint32_t>(int64_t{item.row[row]} * task.x_stride / 8) : kNothing;
+    }
 #pragma unroll
     for (int i = 0; i < kAPieces; ++i) {
       const int row = thread_row() + kRowsApart * i;
@@ -219,9 +222,8 @@ class WideCopies {
     const T* x = static_cast<const T*>(task_.x);
 #pragma unroll
     for (int i = 0; i < kXPieces; ++i) {
-      const uint32_t piece = kHoldsX ? x_[i] : find_x(i);
-      const bool real = inside && piece != kNothing;
-      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, real ? x + int64_t{piece} * 8 + k : x, real ? 16 : 0);
+      const bool real = inside && x_[i] != kNothing;
+      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, real ? x + int64_t{x_[i]} * 8 + k : x, real ? 16 : 0);
     }
 #pragma unroll
     for (int i = 0; i < kAPieces; ++i) {
@@ -236,19 +238,11 @@ class WideCopies {
   static constexpr int kXPieces = kWideTileRows / kRowsApart;
   static constexpr int kAPieces = (kTiles * kRankTile + kRowsApart - 1) / kRowsApart;
   static constexpr uint32_t kNothing = ~0u;
-  static constexpr bool kHoldsX = kTiles < 16 || kThreads < 512;  // there all registers are taken
 
   __device__ __forceinline__ static int thread_row() { return threadIdx.x / 8; }
 
-  // In pieces from x on: 32 bits hold 64 GiB.
-  __device__ __forceinline__ uint32_t find_x(int i) const {
-    const int row = thread_row() + kRowsApart * i;
-    return row < item_.rows ? static_cast<uint32_t>(int64_t{item_.row[row]} * task_.x_stride / 8) : kNothing;
-  }
-
   const LinearTask& task_;
-  const WideItem& item_;
-  uint32_t x_[kXPieces];
+  uint32_t x_[kXPieces];  // in pieces from x on: 32 bits hold 64 GiB
   const T* a_[kAPieces];
 };
 
