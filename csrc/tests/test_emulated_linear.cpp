@@ -425,14 +425,16 @@ cudaError_t mma_halves(Problem& problem) { return halves(problem.params(), mma_s
 
 cudaError_t narrow_halves(Problem& problem) { return halves(problem.params(), mma_shrink, cuda::expand_narrow_path); }
 
-cudaError_t lookup(Problem& problem) {
+cudaError_t mma_lookup(Problem& problem) {
   EmbeddingParams e = problem.embedding_params();
   int64_t bytes = 0;
-  cuda::wide_embedding_scratch(e, bytes);
+  cuda::mma_embedding_scratch(e, bytes);
   const GuardedBytes scratch(bytes);
   e.lora.scratch = scratch.data();
-  return cuda::embedding_wide_path(e, nullptr);
+  return cuda::embedding_mma_path(e, nullptr);
 }
+
+cudaError_t wide_lookup(Problem& problem) { return cuda::embedding_wide_path(problem.embedding_params(), nullptr); }
 
 cudaError_t narrow_lookup(Problem& problem) { return cuda::embedding_narrow_path(problem.embedding_params(), nullptr); }
 
@@ -539,7 +541,7 @@ void odd_calls() {
       for (int64_t n = 0; n < 64; ++n) CHECK(std::isfinite(infinite.y(1, 0, n)), "%s", name.c_str());
     }
   }
-  for (Path path : {lookup, narrow_lookup}) {
+  for (Path path : {wide_lookup, mma_lookup, narrow_lookup}) {
     Shape shape{DType::kBFloat16, 5, 37, {136}, 1, {16}, "one"};
     shape.lookup = "token";
     Problem problem(shape, 3);
@@ -583,6 +585,8 @@ void prefill() {
     }
     cuda::emulated_device.sms = 132;
   }
+  run("large blocks of expand", mma, {DType::kBFloat16, 16, 64, {8192, 40}, 16, {16, 0, 70, 8}, "each"});
+  run("large blocks of expand, halves", mma_halves, {DType::kFloat16, 16, 64, {8200}, 16, {16, 8, 256, 0}, "each"});
   cuda::emulated_device = {0, 8, 84, 99 * 1024};  // 8.6: v of few rows at a time, half the ranks a pass over x
   run("8.6, many ranks", mma, {DType::kBFloat16, 150, 128, {64, 200}, 2, {200, 130, 64, 256}, "segments"});
   run("8.6, halves of many ranks", mma_halves, {DType::kFloat16, 140, 64, {72}, 1, {256}, "one"});
@@ -590,9 +594,11 @@ void prefill() {
 }
 
 void embedding() {
-  for (const auto& [name, path] : {std::pair<std::string, Path>{"lookup", lookup}, {"narrow lookup", narrow_lookup}}) {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"wide lookup", wide_lookup},
+                                   {"mma lookup", mma_lookup},
+                                   {"narrow lookup", narrow_lookup}}) {
     for (const char* layout : {"rank", "token"}) {
-      for (int64_t rows : {1, 5, 40, 150}) {
+      for (int64_t rows : {1, 5, 40, 150, 400}) {
         Shape shape{DType::kBFloat16, rows, 37, {136}, 4, {16, 8, 0, 33}};
         shape.lookup = layout;
         const std::string what = name + " by " + layout + ", rows " + std::to_string(rows);
@@ -605,6 +611,13 @@ void embedding() {
         shape.widths = {64, 40};
         run(what + ", odd B", path, shape);
       }
+      for (int sms : {3, 7}) {  // tiles one after the other
+        cuda::emulated_device.sms = sms;
+        Shape shape{DType::kBFloat16, 300, 37, {136, 64}, 5, {16, 8, 0, 40}, "segments"};
+        shape.lookup = layout;
+        run(name + " by " + layout + " on " + std::to_string(sms) + " SMs", path, shape);
+      }
+      cuda::emulated_device.sms = 132;
     }
   }
 }

@@ -10,9 +10,17 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 2;
-constexpr int kUnitsPerBlock = 8;
+// How the blocks share an SM. Side by side, the warps of a large one take whole lines of y: what calls of many outputs
+// need to be at the memory's speed. H200, 8192 rows, 4096 outputs, r16 and r64, small and large, us: 52.6
+// and 47.0, 60.2 and 52.9; 512 rows, 6144 outputs: 7.9 and 9.2.
+struct SmallBlock {
+  static constexpr int kThreads = 256, kPerSm = 2, kPanelBytes = 16 * 1024;
+};
+struct LargeBlock {
+  static constexpr int kThreads = 512, kPerSm = 1, kPanelBytes = 32 * 1024;
+};
+constexpr int64_t kManyUnits = 2048;  // of all tiles
+constexpr int kStages = 5;
 
 struct ExpandTask {
   LinearTask linear;
@@ -21,23 +29,26 @@ struct ExpandTask {
   int32_t v_elements;  // that shared memory has room for
 };
 
-// Shared memory: ring, item, v.
-constexpr int kStages = 5;
-constexpr int kPanelBytes = 16 * 1024;
-constexpr int kRing = ExpandStream<__half, kThreads, kStages, kPanelBytes>::kBytes;
-constexpr int kTokenAt = kRing + static_cast<int>(sizeof(WideItem));
-constexpr int kVAt = kTokenAt + kWideTileRows * static_cast<int>(sizeof(int64_t));
+// Shared memory: ring, item, tokens, v.
+template <typename Block>
+struct ExpandSmem {
+  static constexpr int kItemAt = ExpandStream<__half, Block::kThreads, kStages, Block::kPanelBytes>::kBytes;
+  static constexpr int kTokenAt = kItemAt + static_cast<int>(sizeof(WideItem));
+  static constexpr int kVAt = kTokenAt + kWideTileRows * static_cast<int>(sizeof(int64_t));
+};
 constexpr int kLeastV = 16 * StreamV::pitch(kMaxRank);  // elements
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __grid_constant__ ExpandTask params) {
-  using Stream = ExpandStream<T, kThreads, kStages, kPanelBytes>;
+template <typename T, typename Block>
+__global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
+    expand_wide(const __grid_constant__ ExpandTask params) {
+  using Stream = ExpandStream<T, Block::kThreads, kStages, Block::kPanelBytes>;
+  using Smem = ExpandSmem<Block>;
   const LinearTask& task = params.linear;
   unsigned char* smem = ptx::dynamic_smem();
-  WideItem& item = *reinterpret_cast<WideItem*>(smem + kRing);
+  WideItem& item = *reinterpret_cast<WideItem*>(smem + Smem::kItemAt);
   const bool is_lookup = params.tokens.ids != nullptr;
-  int64_t* token = is_lookup ? reinterpret_cast<int64_t*>(smem + kTokenAt) : nullptr;
-  T* smem_v = reinterpret_cast<T*>(smem + kVAt);
+  int64_t* token = is_lookup ? reinterpret_cast<int64_t*>(smem + Smem::kTokenAt) : nullptr;
+  T* smem_v = reinterpret_cast<T*>(smem + Smem::kVAt);
 
   ptx::launch_next_grid();
   const auto tiles_of_plan = [&] {
@@ -105,28 +116,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_wide(const __gr
 }
 
 // `ranks`: that most slices may have.
-cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaStream_t stream) {
-  LinearTask& task = params.linear;
-  if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
-  Device device;
-  const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
-  // more blocks than run at once, where there is enough to do: the last to finish then has little left
-  const int64_t most = int64_t{task.max_tiles} * task.units;
-  const int64_t even = divide_up(most, kUnitsPerBlock);
+template <typename T, typename Block>
+cudaError_t expand(const Device& device, ExpandTask& params, int64_t ranks, cudaStream_t stream) {
   LaunchShape shape;
-  shape.grid =
-      dim3(static_cast<unsigned>(min64(most, even > device.sms * kBlocksPerSm ? even : device.sms * kBlocksPerSm)));
-  shape.threads = kThreads;
+  const int64_t units = int64_t{params.linear.max_tiles} * params.linear.units;
+  shape.grid = dim3(static_cast<unsigned>(min64(units, device.sms * Block::kPerSm)));
+  shape.threads = Block::kThreads;
   shape.overlap = true;
   // few sizes of shared memory: multiples of 64 ranks above 32
   const int64_t columns = ranks <= 32 ? 32 : min64(divide_up(ranks, 64) * 64, kMaxRank);
+  constexpr int kVAt = ExpandSmem<Block>::kVAt;
   const int64_t room = (device.smem_bytes - kVAt) / 2;
   params.v_elements = static_cast<int32_t>(min64(kWideTileRows * StreamV::pitch(static_cast<int>(columns)), room));
   if (params.v_elements < kLeastV) params.v_elements = kLeastV;
   shape.smem_bytes = kVAt + params.v_elements * 2;
-  return p.dtype == DType::kBFloat16 ? launch<&expand_wide<__nv_bfloat16>>(device, shape, params, stream)
-                                     : launch<&expand_wide<__half>>(device, shape, params, stream);
+  return launch<&expand_wide<T, Block>>(device, shape, params, stream);
+}
+
+template <typename T>
+cudaError_t expand(ExpandTask& params, int64_t ranks, cudaStream_t stream) {
+  const LinearTask& task = params.linear;
+  if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const bool many = int64_t{task.max_tiles} * task.units >= kManyUnits;
+  return many && device.smem_bytes >= ExpandSmem<LargeBlock>::kVAt + kLeastV * 2
+             ? expand<T, LargeBlock>(device, params, ranks, stream)
+             : expand<T, SmallBlock>(device, params, ranks, stream);
+}
+
+cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaStream_t stream) {
+  return p.dtype == DType::kBFloat16 ? expand<__nv_bfloat16>(params, ranks, stream)
+                                     : expand<__half>(params, ranks, stream);
 }
 
 }  // namespace
@@ -151,9 +173,9 @@ bool wide_embedding_serves(const EmbeddingParams& e) {
   return true;
 }
 
-void wide_embedding_scratch(const EmbeddingParams& e, int64_t& bytes) { bytes = lookup_bytes(e); }
+void mma_embedding_scratch(const EmbeddingParams& e, int64_t& bytes) { bytes = lookup_bytes(e); }
 
-cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
+cudaError_t embedding_mma_path(const EmbeddingParams& e, cudaStream_t stream) {
   ExpandTask params{wide_task(e.lora), token_source(e), lookup_operands(e), 0};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);

@@ -1,12 +1,12 @@
 // linear, shrink, expand and embedding: the fastest path that serves the call.
 //
 //   cluster  decode in one launch, 16-bit, aligned, 9.0 and later: linear_cluster.cu
-//   wide     prefill in one launch, 16-bit, aligned, 9.0: linear_wide.cu
+//   wide     prefill in one launch, 16-bit, aligned, 9.0: linear_wide.cu, embedding_wide.cu
 //   mma      as a device of 8.0 runs it, decode: shrink_narrow.cu, expand_narrow.cu; prefill: shrink_wide.cu,
 //            expand_wide.cu
 //   general  everything: *_general.cu
 //
-// shrink on its own knows wide, mma and general; expand and embedding mma and general.
+// shrink on its own and embedding know wide, mma and general; expand mma and general.
 //
 // POLYLORA_PATH forces one (an error where it does not serve the call; for the halves and embedding, which have fewer,
 // the next in the list that they have); POLYLORA_BATCH_INVARIANT=1 takes one whose order of sums is the same for all
@@ -77,12 +77,24 @@ cudaError_t choose_shrink(const LoraParams& params, Path& path) {
   return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path);
 }
 
-cudaError_t choose_embedding(const EmbeddingParams& params, Path& path) {
-  return choose({{false, false, wide_embedding_serves(params), true}}, {{false, false, true, true}}, path);
+// Whether A is looked up once for each block that shares a job, in one launch, rather than once a row, in two.
+bool is_short_lookup(const EmbeddingParams& params) { return params.lora.rows <= kLookupRows && !batch_invariant(); }
+
+// Whether clusters look A up. They take a wide tile each, however few its rows are, so not for few rows of many
+// adapters. H200, 4096 outputs, r16 and r64, kernel for few rows and clusters, us: 512 rows of 4 adapters 10.3 and 7.8,
+// 15.2 and 10.4; 1024 rows 9.9 and 10.6, 17.1 and 15.3; 2048 rows 15.1 and 13.2, 28.3 and 20.3, of 32 adapters 15.1 and
+// 19.8, 32.6 and 29.5.
+bool is_wide_lookup(const LoraParams& params) {
+  constexpr int64_t kLeastRows = 512;
+  const bool few_adapters = params.slices.groups <= params.rows / kWideTileRows;
+  return params.rows > kLookupRows || (params.rows >= kLeastRows && few_adapters) || batch_invariant();
 }
 
-// Whether one launch, which looks A up once for each block that shares a job, is faster than two.
-bool is_short_lookup(const EmbeddingParams& params) { return params.lora.rows <= kLookupRows && !batch_invariant(); }
+cudaError_t choose_embedding(const EmbeddingParams& params, Path& path) {
+  const bool wide = wide_embedding_serves(params);
+  return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path,
+                is_wide_lookup(params.lora) ? Path::kWide : Path::kMma);
+}
 
 bool adds_nothing(const LoraParams& params) { return params.rows == 0 || params.slices.groups == 0; }
 
@@ -180,7 +192,7 @@ cudaError_t embedding_scratch(const EmbeddingParams& params, int64_t& bytes) {
   if (adds_nothing(params.lora)) return cudaSuccess;
   Path path;
   const cudaError_t error = choose_embedding(params, path);
-  if (error == cudaSuccess && path == Path::kMma && !is_short_lookup(params)) wide_embedding_scratch(params, bytes);
+  if (error == cudaSuccess && path == Path::kMma && !is_short_lookup(params)) mma_embedding_scratch(params, bytes);
   return error;
 }
 
@@ -190,7 +202,8 @@ cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream) {
   const cudaError_t error = choose_embedding(params, path);
   if (error != cudaSuccess) return error;
   if (path == Path::kGeneral) return embedding_general_path(params, stream);
-  return (is_short_lookup(params) ? embedding_narrow_path : embedding_wide_path)(params, stream);
+  if (path == Path::kWide) return embedding_wide_path(params, stream);
+  return (is_short_lookup(params) ? embedding_narrow_path : embedding_mma_path)(params, stream);
 }
 
 }  // namespace polylora::cuda

@@ -13,11 +13,17 @@ namespace polylora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kStages = 3;
 
-constexpr int smem_bytes(int tiles) { return kStages * shrink_stage_bytes(tiles) + static_cast<int>(sizeof(WideItem)); }
+// Stages of the ring: a block alone on its SM has to have about 100 KiB of x on its way. Devices of less than 160 KiB
+// of shared memory a block: 3.
+constexpr int kFewStages = 3;
+constexpr int many_stages(int tiles) { return tiles <= 2 ? 7 : tiles <= 4 ? 6 : tiles <= 8 ? 4 : 3; }
 
-template <typename T, int kTiles>
+constexpr int smem_bytes(int tiles, int stages) {
+  return stages * shrink_stage_bytes(tiles) + static_cast<int>(sizeof(WideItem));
+}
+
+template <typename T, int kTiles, int kStages>
 __global__ void __launch_bounds__(kThreads, kTiles > 8 ? 1 : 2) shrink_wide(const __grid_constant__ LinearTask task) {
   unsigned char* smem = ptx::dynamic_smem();
   WideItem& item = *reinterpret_cast<WideItem*>(smem + kStages * shrink_stage_bytes(kTiles));
@@ -109,9 +115,14 @@ struct WideShrink {
 
 template <typename T, int kTiles>
 cudaError_t launch_shrink(const WideShrink& how, cudaStream_t stream) {
+  constexpr int kManyStages = many_stages(kTiles);
   LaunchShape shape = how.shape;
-  shape.smem_bytes = smem_bytes(kTiles);
-  return launch<&shrink_wide<T, kTiles>>(how.device, shape, how.task, stream);
+  shape.smem_bytes = smem_bytes(kTiles, kManyStages);
+  if (how.device.smem_bytes >= shape.smem_bytes) {
+    return launch<&shrink_wide<T, kTiles, kManyStages>>(how.device, shape, how.task, stream);
+  }
+  shape.smem_bytes = smem_bytes(kTiles, kFewStages);
+  return launch<&shrink_wide<T, kTiles, kFewStages>>(how.device, shape, how.task, stream);
 }
 
 template <typename T>
@@ -119,7 +130,7 @@ cudaError_t launch_shrink(const WideShrink& how, int rank_tiles, cudaStream_t st
   if (rank_tiles <= 2) return launch_shrink<T, 2>(how, stream);
   if (rank_tiles <= 4) return launch_shrink<T, 4>(how, stream);
   // where shared memory is too small for 16: passes over x
-  if (rank_tiles <= 8 || how.device.smem_bytes < smem_bytes(16)) return launch_shrink<T, 8>(how, stream);
+  if (rank_tiles <= 8 || how.device.smem_bytes < smem_bytes(16, kFewStages)) return launch_shrink<T, 8>(how, stream);
   return launch_shrink<T, 16>(how, stream);
 }
 

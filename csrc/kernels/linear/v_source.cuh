@@ -58,6 +58,27 @@ class Lookup {
     return token < 0 || r >= rank_ ? uint2{0, 0} : four;
   }
 
+  /// The `piece`th 16 bytes of a row of v as StreamV lays it out: of the 32 ranks of block piece / 4, two of every
+  /// eight.
+  __device__ __forceinline__ uint4 load_piece(int64_t token, int piece) const {
+    const uint16_t* from = a_ + (token < 0 ? 0 : token) * token_stride_;
+    const int first = piece / 4 * 32 + piece % 4 * 2;
+    uint32_t pairs[4];
+    if (whole_ && rank_ % 2 == 0) {  // alike in all threads
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = *reinterpret_cast<const uint32_t*>(from + min(first + 8 * i, rank_ - 2));
+    } else {
+      uint32_t bits[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) bits[i] = from[min(first + i / 2 * 8 + i % 2, rank_ - 1) * rank_stride_];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = bits[2 * i] | (first + 8 * i + 1 < rank_ ? bits[2 * i + 1] << 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = token < 0 || first + 8 * i >= rank_ ? 0 : pairs[i];
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
+  }
+
  private:
   const uint16_t* a_;
   int64_t token_stride_, rank_stride_;
