@@ -40,11 +40,15 @@ HEADER = {
     "max_run": 7,
     "pairs": 8,
     "wide_tiles": 9,
+    "short_tiles": 10,
+    "long_tiles": 11,
+    "max_short": 12,
 }
 HEADER_WORDS = 16
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 TILE_ROWS = 16
 WIDE_TILE_ROWS = 128
+SHORT_RUN = 16
 SORT_ROWS = 8192
 MAX_SLICES = 8
 
@@ -167,6 +171,9 @@ def check_plan(
             for first in range(0, length, size)
         ]
 
+    def is_short(tile: tuple[int, int, int, int]) -> bool:
+        return runs[tile[3]][2] <= SHORT_RUN
+
     tiles, wide_tiles = tiles_of(TILE_ROWS), tiles_of(WIDE_TILE_ROWS)
 
     header = {name: words[word] for name, word in HEADER.items()}
@@ -181,6 +188,9 @@ def check_plan(
         "max_run": max((length for _, _, length in runs), default=0),
         "pairs": pairs,
         "wide_tiles": len(wide_tiles),
+        "short_tiles": sum(is_short(tile) for tile in tiles),
+        "long_tiles": sum(not is_short(tile) for tile in wide_tiles),
+        "max_short": max((length for _, _, length in runs if length <= SHORT_RUN), default=0),
     }
     assert header == want, f"header: got {header}, want {want}"
 
@@ -195,6 +205,8 @@ def check_plan(
         tile_words = section(name, 4 * len(want_tiles))
         got_tiles = [tuple(tile_words[at : at + 4]) for at in range(0, len(tile_words), 4)]
         assert_same_list(f"{name}s (group, pos, rows, run), sorted", sorted(got_tiles), sorted(want_tiles))
+        short_first = [is_short(tile) == (name == "tile") for tile in got_tiles]
+        assert short_first == sorted(short_first, reverse=True), f"{name}s: those of short runs at one end"
     if pair_pos is not None:
         assert_same_list("pair_pos", section("pair_pos", pairs), pair_pos)
 

@@ -78,8 +78,8 @@ def test_every_other_op_gives_the_same_bits_from_run_to_run(device, dtype, path)
             ref.assert_same_bits(f"result {i}", again, want)
 
 
-def batch_and_whole(device, dtype, shape):
-    case = make_dense_case(device, dtype, rows=70, groups=4, ids="mixed", ranks=(3, 16, 64), **shape)
+def batch_and_whole(device, dtype, shape, groups=4):
+    case = make_dense_case(device, dtype, rows=70, groups=groups, ids="mixed", ranks=(3, 16, 64), **shape)
     y0, x = case.y.view.clone(), case.x.clone()
     return case, y0, x, linear_on(case, list(range(70)), y0, x)
 
@@ -97,6 +97,13 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device, dtype, path, bat
     for row in (0, 1, 15, 16, 17, 40, 69):
         ref.assert_same_bits(f"row {row} alone", linear_on(case, [row], y0, x)[0], whole[row])
     for rows in (list(range(0, 70, 3)), [5] * 20, list(range(70)) * 6):
+        ref.assert_same_bits(f"{len(rows)} rows", linear_on(case, rows, y0, x), whole[torch.tensor(rows)])
+
+
+@SHAPES
+def test_a_row_has_the_same_bits_whether_its_run_is_short_or_long(device, dtype, path, batch_invariant, shape):
+    case, y0, x, whole = batch_and_whole(device, dtype, shape, groups=20)
+    for rows in ([*range(70), *[5] * 1200], [*range(70)] * 18, [*range(70)] * 8):
         ref.assert_same_bits(f"{len(rows)} rows", linear_on(case, rows, y0, x), whole[torch.tensor(rows)])
 
 

@@ -52,9 +52,9 @@ def load(case, other) -> None:
         mine.copy_(new)
 
 
-def graph_cases(dtype, shape, patterns) -> list:
+def graph_cases(dtype, shape, patterns, rows=ROWS, groups=8) -> list:
     """Cases of one shape and pool size, of different adapters and mixes."""
-    pools = {"rows": ROWS, "groups": 8, "ranks": (1, 4, 16, 33), "slot_rank": 64, "layout": "slots", "absent": 0.2}
+    pools = {"rows": rows, "groups": groups, "ranks": (1, 4, 16, 33), "slot_rank": 64, "layout": "slots", "absent": 0.2}
     cases = [make_dense_case("cuda", dtype, ids=p, seed=10 + i, **pools, **shape) for i, p in enumerate(patterns)]
     for case in cases[1:]:  # A rows may lie any distance apart: one shape for all
         first = cases[0]
@@ -65,14 +65,15 @@ def graph_cases(dtype, shape, patterns) -> list:
 
 @pytest.mark.trap(3, 10)
 @SHAPES
-def test_graph_captured_once_replays_for_every_mix(device, dtype, path, shape):
+@pytest.mark.parametrize("rows, groups", [(ROWS, 8), (1100, 20)])
+def test_graph_captured_once_replays_for_every_mix(device, dtype, path, rows, groups, shape):
     """Captured with one adapter; replayed with more segments than then, with others, with {base, one}, with none."""
     patterns = ["one", "mixed", "segments", "base_and_one", "none", "skewed", "two_segments", "invalid", "mixed"]
-    cases = graph_cases(dtype, shape, patterns)
+    cases = graph_cases(dtype, shape, patterns, rows, groups)
     live = cases[0]
 
     def step() -> None:
-        ops.plan(live.plan, live.group_ids, 8)
+        ops.plan(live.plan, live.group_ids, groups)
         ops.linear_(**live.linear_args())
 
     graph = captured(step)

@@ -93,6 +93,15 @@ def test_row_counts_from_none_to_prefill(device, dtype, path, rows, aligned):
 
 
 @pytest.mark.trap(7)
+@pytest.mark.parametrize("rows, groups", [(400, 30), (1100, 20), (1300, 100)])
+@pytest.mark.parametrize("ids", ["mixed", "skewed", "segments", "none"])
+def test_short_and_long_runs_of_many_adapters(device, dtype, path, ids, rows, groups):
+    """A step of prefill and decode: on CUDA its short runs may take other kernels than its long ones."""
+    shape = {"k": 64, "widths": (72, 24), "aligned": True}
+    run_linear(make_dense_case(device, dtype, rows=rows, groups=groups, ids=ids, seed=rows, **shape), path)
+
+
+@pytest.mark.trap(7)
 @pytest.mark.parametrize("rows", [1, 7, 33, 300])
 @pytest.mark.parametrize(
     "ids", ["mixed", "none", "one", "base_and_one", "segments", "two_segments", "invalid", "skewed"]

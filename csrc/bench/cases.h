@@ -22,8 +22,14 @@ inline const char* op_name(Op op) {
   return kNames[static_cast<int>(op)];
 }
 
-/// Where a row's adapter comes from: row i has adapter i mod a, or the rows lie in a equal segments.
-enum class RowOrder { kInterleaved, kSegments };
+/// Where a row's adapter comes from: row i has adapter i mod a; the rows lie in a equal segments; or, as in an engine's
+/// step that mixes decode with prefill, a - 1 adapters have a row each, and the first one all the rest.
+enum class RowOrder { kInterleaved, kSegments, kServing };
+
+inline const char* order_name(RowOrder order) {
+  constexpr const char* kNames[] = {"interleaved", "segments", "serving"};
+  return kNames[static_cast<int>(order)];
+}
 
 /// Rows up to which a batch counts as decode.
 inline constexpr int64_t kDecodeRows = 256;
@@ -56,6 +62,7 @@ struct Case {
 
   int32_t adapter_of(int64_t row) const {
     if (idle) return kNoAdapter;
+    if (order == RowOrder::kServing) return row + 1 < adapters ? static_cast<int32_t>(row + 1) : 0;
     return static_cast<int32_t>(order == RowOrder::kSegments ? row * adapters / rows : row % adapters);
   }
 
@@ -73,6 +80,7 @@ struct Case {
     if (slots != adapters) text += " slots" + std::to_string(slots);
     if (order == RowOrder::kSegments && rows <= kDecodeRows && adapters > 1) text += " sorted";
     if (order == RowOrder::kInterleaved && rows > kDecodeRows && adapters > 1) text += " mixed";
+    if (order == RowOrder::kServing && adapters > 1) text += " serving";
     if (idle) text += " idle";
     return text;
   }
@@ -218,8 +226,8 @@ inline int32_t default_adapters(int64_t rows) {
   return static_cast<int32_t>(rows <= kDecodeRows ? std::min<int64_t>(rows, 32) : 4);
 }
 
-/// "k=4096,n=4096+1024+1024,r=16,m=16,a=16" and optionally slots=, order=interleaved|segments, name=; an embedding has
-/// vocab= instead of k= and optionally layout=rank|token; a plan has m=, a= and slots= alone.
+/// "k=4096,n=4096+1024+1024,r=16,m=16,a=16" and optionally slots=, order=interleaved|segments|serving, name=; an
+/// embedding has vocab= instead of k= and optionally layout=rank|token; a plan has m=, a= and slots= alone.
 inline Case parse_case(const std::string& text, Op op) {
   Case c;
   c.adapters = c.slots = 0;
@@ -247,8 +255,10 @@ inline Case parse_case(const std::string& text, Op op) {
       c.slots = static_cast<int32_t>(parse_integer(value, key, 1, 1 << 20));
     } else if (key == "vocab") {
       c.vocab = parse_integer(value, key, 1, INT32_MAX);
-    } else if (key == "order" && (value == "interleaved" || value == "segments")) {
-      c.order = value == "segments" ? RowOrder::kSegments : RowOrder::kInterleaved;
+    } else if (key == "order" && (value == "interleaved" || value == "segments" || value == "serving")) {
+      c.order = value == "segments"  ? RowOrder::kSegments
+                : value == "serving" ? RowOrder::kServing
+                                     : RowOrder::kInterleaved;
       ordered = true;
     } else if (key == "layout" && (value == "rank" || value == "token")) {
       c.token_major = value == "token";

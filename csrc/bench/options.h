@@ -45,7 +45,7 @@ what to run
   text += embedding ? "                                    vocab=128256,n=4096,r=16,m=16[,a=16][,layout=rank|token]\n"
                     : "                                    k=4096,n=4096+1024+1024,r=16,m=16[,a=16]\n";
   text += R"(                                    r=8-64: adapters of rank 8, 16, 32, 64 in turn; a: distinct adapters;
-                                    slots=: groups of the plan; order=interleaved|segments; name=
+                                    slots=: groups of the plan; order=interleaved|segments|serving; name=
   --filter TEXT                   only cases whose name contains TEXT; repeatable: any of them
   --idle                          the same shapes with no adapter on any row
   --dtype bf16|fp16               default bf16

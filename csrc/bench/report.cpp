@@ -49,8 +49,7 @@ std::string case_json(const Case& c, const Options& options) {
                             quoted(c.name()).c_str(), op_name(options.op), options.fp16 ? "fp16" : "bf16",
                             static_cast<long long>(c.k), json_list(c.widths).c_str(), json_list(c.ranks).c_str());
   text += format("\"rows\": %lld, \"adapters\": %d, \"slots\": %d, \"order\": \"%s\", \"idle\": %s",
-                 static_cast<long long>(c.rows), c.adapters, c.slots,
-                 c.order == RowOrder::kSegments ? "segments" : "interleaved", c.idle ? "true" : "false");
+                 static_cast<long long>(c.rows), c.adapters, c.slots, order_name(c.order), c.idle ? "true" : "false");
   if (c.vocab > 0) {
     text += format(", \"vocab\": %lld, \"layout\": \"%s\"", static_cast<long long>(c.vocab),
                    c.token_major ? "token" : "rank");

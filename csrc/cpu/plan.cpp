@@ -28,21 +28,34 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
     if (row_group[row] >= 0) ++next[row_group[row]];
   }
 
-  int32_t active = 0, runs = 0, tiles = 0, wide_tiles = 0, max_run = 0;
+  int32_t short_tiles = 0, long_tiles = 0;
+  for (const int32_t count : next) {
+    if (count <= kShortRun) {
+      short_tiles += (count + kTileRows - 1) / kTileRows;
+    } else {
+      long_tiles += (count + kWideTileRows - 1) / kWideTileRows;
+    }
+  }
+
+  // tiles of short runs come first, wide tiles of short runs last
+  int32_t active = 0, runs = 0, max_run = 0, max_short = 0;
+  int32_t at_tile[] = {short_tiles, 0}, at_wide_tile[] = {0, long_tiles};  // of the other runs, of short ones
   for (int64_t group = 0; group < groups; ++group) {
     const int32_t count = next[group];
     next[group] = active;
     if (count == 0) continue;
     run_group[runs] = static_cast<int32_t>(group);
     run_start[runs] = active;
+    const bool is_short = count <= kShortRun;
     for (int32_t done = 0; done < count; done += kTileRows) {
-      tile[tiles++] = {static_cast<int32_t>(group), active + done, std::min(kTileRows, count - done), runs};
+      tile[at_tile[is_short]++] = {static_cast<int32_t>(group), active + done, std::min(kTileRows, count - done), runs};
     }
     for (int32_t done = 0; done < count; done += kWideTileRows) {
-      wide_tile[wide_tiles++] = {static_cast<int32_t>(group), active + done, std::min(kWideTileRows, count - done),
-                                 runs};
+      wide_tile[at_wide_tile[is_short]++] = {static_cast<int32_t>(group), active + done,
+                                             std::min(kWideTileRows, count - done), runs};
     }
     max_run = std::max(max_run, count);
+    if (is_short) max_short = std::max(max_short, count);
     active += count;
     ++runs;
   }
@@ -58,11 +71,14 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
   plan[kPlanGroups] = static_cast<int32_t>(groups);
   plan[kPlanActiveRows] = active;
   plan[kPlanRuns] = runs;
-  plan[kPlanTiles] = tiles;
+  plan[kPlanTiles] = at_tile[false];
   plan[kPlanInvalid] = static_cast<int32_t>(invalid);
   plan[kPlanMaxRun] = max_run;
   plan[kPlanPairs] = static_cast<int32_t>(mapped_pairs);
-  plan[kPlanWideTiles] = wide_tiles;
+  plan[kPlanWideTiles] = at_wide_tile[true];
+  plan[kPlanShortTiles] = short_tiles;
+  plan[kPlanLongTiles] = long_tiles;
+  plan[kPlanMaxShort] = max_short;
 }
 
 /// Group of one MoE pair; the expert is judged first, the slot only where there is an expert. Counts at most one

@@ -51,6 +51,7 @@ void bind_layout(py::module_& m) {
   m.attr("NO_ROW") = kNoRow;
   m.attr("K_TILE_ROWS") = kTileRows;
   m.attr("K_WIDE_TILE_ROWS") = kWideTileRows;
+  m.attr("SHORT_RUN") = kShortRun;
   m.attr("PLAN_SORT_ROWS") = kPlanSortRows;
   m.attr("PLAN_VERSION") = static_cast<int32_t>(kPlanVersionValue);
   m.attr("PLAN_HEADER_WORDS") = static_cast<int32_t>(kPlanHeaderWords);
@@ -65,6 +66,9 @@ void bind_layout(py::module_& m) {
   header["max_run"] = static_cast<int32_t>(kPlanMaxRun);
   header["pairs"] = static_cast<int32_t>(kPlanPairs);
   header["wide_tiles"] = static_cast<int32_t>(kPlanWideTiles);
+  header["short_tiles"] = static_cast<int32_t>(kPlanShortTiles);
+  header["long_tiles"] = static_cast<int32_t>(kPlanLongTiles);
+  header["max_short"] = static_cast<int32_t>(kPlanMaxShort);
   m.attr("PLAN_HEADER") = header;
 
   m.attr("MAX_SLICES") = kMaxSlices;

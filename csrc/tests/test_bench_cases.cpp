@@ -189,6 +189,9 @@ void test_floor_of_other_ops() {
 void test_rows() {
   Case c = parse_case("k=8,n=8,r=8,m=10,a=4", Op::kLinear);
   CHECK(c.order == RowOrder::kInterleaved && c.adapter_of(7) == 3, "row 7: %d", c.adapter_of(7));
+  c = parse_case("k=8,n=8,r=8,m=300,a=3,order=serving", Op::kLinear);
+  CHECK(c.adapter_of(0) == 1 && c.adapter_of(1) == 2 && c.adapter_of(2) == 0 && c.adapter_of(299) == 0, "serving");
+  CHECK(c.name().find(" serving") != std::string::npos, "%s", c.name().c_str());
   for (const char* text : {"k=8,n=8,r=8,m=2048", "k=8,n=8,r=8,m=1000,a=7", "k=8,n=8,r=8,m=7,a=7,order=segments"}) {
     c = parse_case(text, Op::kLinear);
     std::vector<int64_t> rows(static_cast<size_t>(c.adapters));

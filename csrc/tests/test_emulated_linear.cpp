@@ -308,6 +308,11 @@ class Problem {
     if (shape_.ids == "none") return -1;
     if (shape_.ids == "one") return 0;
     if (shape_.ids == "each") return static_cast<int32_t>(row % shape_.groups);
+    if (shape_.ids == "lengths") {  // 1, 2, 4, ... rows
+      int32_t group = 0;
+      while (row >= (int64_t{2} << group) - 1) ++group;
+      return static_cast<int32_t>(group % shape_.groups);
+    }
     if (shape_.ids == "segments") return static_cast<int32_t>(row * shape_.groups / shape_.rows);
     if (random_.chance(0.1)) return static_cast<int32_t>(shape_.groups + 5);
     return static_cast<int32_t>(random_.between(-1, shape_.groups - 1));
@@ -339,13 +344,11 @@ class Problem {
 
 using Path = cudaError_t (*)(Problem&);
 
-cudaError_t cluster(Problem& problem) {
-  const LoraParams p = problem.params();
+cudaError_t cluster_of(LoraParams p) {
   return cuda::cluster_path_serves(p) ? cuda::linear_cluster_path(p, nullptr) : cudaErrorNotSupported;
 }
 
-cudaError_t wide(Problem& problem) {
-  LoraParams p = problem.params();
+cudaError_t wide_of(LoraParams p) {
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int64_t bytes = 0;
   cuda::wide_scratch(p, bytes);
@@ -354,8 +357,7 @@ cudaError_t wide(Problem& problem) {
   return cuda::linear_wide_path(p, nullptr);
 }
 
-cudaError_t mma(Problem& problem) {
-  LoraParams p = problem.params();
+cudaError_t mma_of(LoraParams p) {
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int parts = 0;
   cuda::mma_parts(p, parts);
@@ -366,8 +368,7 @@ cudaError_t mma(Problem& problem) {
   return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
 }
 
-cudaError_t narrow(Problem& problem) {
-  LoraParams p = problem.params();
+cudaError_t narrow_of(LoraParams p) {
   if (!cuda::narrow_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int parts = 0;
   cuda::narrow_parts(p, parts);
@@ -376,6 +377,24 @@ cudaError_t narrow(Problem& problem) {
   const cudaError_t error = cuda::shrink_narrow_path(p, parts, nullptr);
   emulator::options().previous_grid = nullptr;
   return error == cudaSuccess ? cuda::expand_narrow_path(p, parts, nullptr) : error;
+}
+
+template <auto kOf>
+cudaError_t all_runs(Problem& problem) {
+  return kOf(problem.params());
+}
+constexpr Path cluster = all_runs<cluster_of>, wide = all_runs<wide_of>, mma = all_runs<mma_of>,
+               narrow = all_runs<narrow_of>;
+
+// Short runs first, then the others.
+template <auto kShort, auto kLong>
+cudaError_t by_length(Problem& problem) {
+  LoraParams p = problem.params();
+  p.plan = short_runs(problem.params().plan);
+  const cudaError_t error = kShort(p);
+  emulator::options().previous_grid = nullptr;
+  p.plan = long_runs(problem.params().plan);
+  return error == cudaSuccess ? kLong(p) : error;
 }
 
 // The public halves, v in between. `shrink`: into p.v.
@@ -593,6 +612,21 @@ void prefill() {
   cuda::emulated_device = {0, 9, 132, 227 * 1024};
 }
 
+// Runs of few and of many rows in one batch.
+void mixed_lengths() {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster and wide", by_length<cluster_of, wide_of>},
+                                   {"narrow and wide", by_length<narrow_of, wide_of>},
+                                   {"narrow and mma", by_length<narrow_of, mma_of>}}) {
+    for (const char* ids : {"mixed", "lengths", "none", "one"}) {
+      Shape shape{DType::kBFloat16, 300, 320, {128, 64}, 12, {16, 40, 0, 8}, ids};
+      run(name + ", " + ids, path, shape);
+      shape.dtype = DType::kFloat16;
+      shape.groups = 70;
+      run(name + " of many groups, " + ids, path, shape);
+    }
+  }
+}
+
 void embedding() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"wide lookup", wide_lookup},
                                    {"mma lookup", mma_lookup},
@@ -636,6 +670,7 @@ int main() {
   testing::many_outputs();
   testing::odd_calls();
   testing::prefill();
+  testing::mixed_lengths();
   testing::embedding();
   return testing::report();
 }

@@ -23,8 +23,8 @@ struct Expected {
 
 void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t rows, int64_t pairs, int seed) {
   const PlanView view = plan_view(plan.data(), rows, want.groups, pairs);
-  std::vector<int32_t> order, run_group, run_start, tiles, wide_tiles;
-  int32_t longest = 0;
+  std::vector<int32_t> order, run_group, run_start, tiles, wide_tiles, long_tiles, short_wide_tiles;
+  int32_t longest = 0, longest_short = 0;
   for (int32_t group = 0; group < want.groups; ++group) {
     const int32_t start = static_cast<int32_t>(order.size());
     for (int32_t row = 0; row < rows; ++row) {
@@ -39,12 +39,24 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
                     {group, start + done, std::min(size, count - done), static_cast<int32_t>(run_group.size())});
       }
     };
-    cut(kTileRows, tiles);
-    cut(kWideTileRows, wide_tiles);
+    if (count <= kShortRun) {
+      longest_short = std::max(longest_short, count);
+      cut(kTileRows, tiles);
+      cut(kWideTileRows, short_wide_tiles);
+    } else {
+      cut(kTileRows, long_tiles);
+      cut(kWideTileRows, wide_tiles);
+    }
     run_group.push_back(group);
     run_start.push_back(start);
   }
   run_start.push_back(static_cast<int32_t>(order.size()));
+  const auto short_tiles = static_cast<int32_t>(tiles.size() / kTileWords);
+  const auto long_wide_tiles = static_cast<int32_t>(wide_tiles.size() / kTileWords);
+  tiles.insert(tiles.end(), long_tiles.begin(), long_tiles.end());
+  wide_tiles.insert(wide_tiles.end(), short_wide_tiles.begin(), short_wide_tiles.end());
+  CHECK(short_tiles <= plan_max_short_tiles(rows, want.groups), "seed %d", seed);
+  CHECK(long_wide_tiles <= plan_max_long_tiles(rows, want.groups), "seed %d", seed);
 
   const int32_t header[kPlanHeaderWords] = {kPlanVersionValue,
                                             static_cast<int32_t>(rows),
@@ -55,7 +67,10 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
                                             want.invalid,
                                             longest,
                                             static_cast<int32_t>(pairs),
-                                            static_cast<int32_t>(wide_tiles.size() / kTileWords)};
+                                            static_cast<int32_t>(wide_tiles.size() / kTileWords),
+                                            short_tiles,
+                                            long_wide_tiles,
+                                            longest_short};
   for (int word = 0; word < kPlanHeaderWords; ++word) {
     CHECK(view.header[word] == header[word], "seed %d header word %d: %d, want %d", seed, word, view.header[word],
           header[word]);

@@ -46,6 +46,9 @@ POLYLORA_HD inline bool entry_fits(const SliceEntry& entry, int64_t a_rows_used,
   return b_elements < 0 || width == 0 || (width - 1) * entry.b_stride + entry.rank <= b_elements - entry.b_offset;
 }
 
+/// Of a plan's runs, those that a kernel is to work on.
+enum class Runs : int32_t { kAll, kShort, kLong };
+
 /// A plan, read.
 struct PlanView {
   const int32_t* header;     // [kPlanHeaderWords]
@@ -61,6 +64,7 @@ struct PlanView {
   int32_t rows;              // what the caller's tensors ask of the plan; a plan made for anything else has no
   int32_t groups;            //   active rows (its sections lie elsewhere, its groups are another table's)
   int32_t pairs;             //
+  Runs runs;
 };
 
 inline PlanView plan_view(const int32_t* plan, int64_t rows, int64_t groups, int64_t pairs) {
@@ -77,7 +81,20 @@ inline PlanView plan_view(const int32_t* plan, int64_t rows, int64_t groups, int
                   plan_max_tiles(rows, groups, kWideTileRows),
                   static_cast<int32_t>(rows),
                   static_cast<int32_t>(groups),
-                  static_cast<int32_t>(pairs)};
+                  static_cast<int32_t>(pairs),
+                  Runs::kAll};
+}
+
+/// The same with decode's tiles of short runs alone, and prefill's of the others alone.
+inline PlanView short_runs(PlanView plan) {
+  plan.runs = Runs::kShort;
+  plan.max_tiles = plan_max_short_tiles(plan.rows, plan.groups);
+  return plan;
+}
+inline PlanView long_runs(PlanView plan) {
+  plan.runs = Runs::kLong;
+  plan.max_wide_tiles = plan_max_long_tiles(plan.rows, plan.groups);
+  return plan;
 }
 
 /// Whether a plan in host memory was made for the call's rows, groups and pairs. Kernels ask the same in 16-byte loads.

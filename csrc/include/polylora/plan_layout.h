@@ -21,25 +21,32 @@ inline constexpr int32_t kNoRow = -2;      // MoE: no such row here (padding, or
 
 /// Header words.
 enum PlanHeader : int32_t {
-  kPlanVersion = 0,     // kPlanVersionValue
-  kPlanRows = 1,        // row capacity the layout was made for
-  kPlanGroups = 2,      // number of groups the layout was made for
-  kPlanActiveRows = 3,  // rows with an adapter = length of `order`
-  kPlanRuns = 4,        // groups with at least one row
-  kPlanTiles = 5,       // tiles of up to kTileRows rows, none across two runs
-  kPlanInvalid = 6,     // group, slot or expert ids out of range (each counted as "no adapter" / "no row")
-  kPlanMaxRun = 7,      // rows of the longest run
-  kPlanPairs = 8,       // MoE with a row map: (token, expert) pairs of the inverse map, else 0
-  kPlanWideTiles = 9,   // tiles of up to kWideTileRows rows
+  kPlanVersion = 0,      // kPlanVersionValue
+  kPlanRows = 1,         // row capacity the layout was made for
+  kPlanGroups = 2,       // number of groups the layout was made for
+  kPlanActiveRows = 3,   // rows with an adapter = length of `order`
+  kPlanRuns = 4,         // groups with at least one row
+  kPlanTiles = 5,        // tiles of up to kTileRows rows, none across two runs
+  kPlanInvalid = 6,      // group, slot or expert ids out of range (each counted as "no adapter" / "no row")
+  kPlanMaxRun = 7,       // rows of the longest run
+  kPlanPairs = 8,        // MoE with a row map: (token, expert) pairs of the inverse map, else 0
+  kPlanWideTiles = 9,    // tiles of up to kWideTileRows rows
+  kPlanShortTiles = 10,  // tiles of short runs, the first of the tiles
+  kPlanLongTiles = 11,   // wide tiles of the other runs, the first of the wide tiles
+  kPlanMaxShort = 12,    // rows of the longest short run
   kPlanHeaderWords = 16,
 };
-inline constexpr int32_t kPlanVersionValue = 2;
+inline constexpr int32_t kPlanVersionValue = 3;
 
 /// Rows a tile holds at most: what decode kernels work on.
 inline constexpr int32_t kTileRows = 16;
 
 /// Rows a wide tile holds at most: what prefill kernels work on.
 inline constexpr int32_t kWideTileRows = 128;
+
+/// Rows that a short run has at most. A batch of many rows may hold both: a wide tile each would leave short runs'
+/// mostly empty, decode's kernels would read the weights of a long run again for every few rows.
+inline constexpr int32_t kShortRun = 16;
 
 /// Rows up to which one block sorts the whole plan without a workspace.
 inline constexpr int64_t kPlanSortRows = 8192;
@@ -54,6 +61,14 @@ POLYLORA_HD constexpr int64_t plan_max_runs(int64_t rows, int64_t groups) { retu
 POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups, int64_t tile_rows = kTileRows) {
   int64_t full_and_partial = rows / tile_rows + plan_max_runs(rows, groups);
   return min64(rows, full_and_partial);
+}
+
+/// Tiles of short runs, and wide tiles of the others, at most.
+POLYLORA_HD constexpr int64_t plan_max_short_tiles(int64_t rows, int64_t groups) {
+  return min64(plan_max_tiles(rows, groups), plan_max_runs(rows, groups) * (kShortRun / kTileRows));
+}
+POLYLORA_HD constexpr int64_t plan_max_long_tiles(int64_t rows, int64_t groups) {
+  return plan_max_tiles(rows, min64(groups, rows / (kShortRun + 1)), kWideTileRows);
 }
 
 /// Up to kTileRows or kWideTileRows rows of one run: all a block must know, in one 16-byte load.
@@ -72,9 +87,9 @@ struct PlanLayout {
   int64_t order;      // [rows]       the active rows, stably sorted by group; the rest is unspecified
   int64_t run_group;  // [max_runs]   group of each run, ascending
   int64_t run_start;  // [max_runs+1] first position of each run in `order`; one past the last run: active rows
-  int64_t tile;       // [max_tiles]  of struct Tile
+  int64_t tile;       // [max_tiles]  of struct Tile; those of short runs first
   int64_t pair_pos;   // [pairs]      MoE with a row map: position of a pair in the map, or -1
-  int64_t wide_tile;  // [max_wide_tiles] of struct Tile
+  int64_t wide_tile;  // [max_wide_tiles] of struct Tile; those of short runs last
   int64_t workspace;  // [groups]     above kPlanSortRows rows only
   int64_t words;      // total
 };

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
   ptx::launch_next_grid();
   const auto tiles_of_plan = [&] {
     const int4 head = ptx::load_fresh16(task.header);
-    const int tiles = ptx::load_fresh4(task.header + kPlanWideTiles);
+    const int tiles = ptx::load_fresh4(task.header + task.tiles_word);
     const bool fits = head.x == kPlanVersionValue && head.y == task.rows && head.z == task.groups;
     return fits ? min(max(tiles, 0), task.max_tiles) : 0;
   };

@@ -24,9 +24,6 @@ namespace {
 
 bool is_set(const char* text, const char* value) { return text && strcmp(text, value) == 0; }
 
-// Whether a call is decode: its kernels add in another order than those for more rows.
-bool is_few(const LoraParams& params) { return params.rows <= kDecodeRows && !batch_invariant(); }
-
 // Decode with as many bytes of weights as this is a stream, which two launches of independent blocks bring faster than
 // clusters, whose blocks wait for each other. H100, 32 adapters of rank 64, 64 rows, cluster and mma in us: 75 MB of
 // qkv 32.1 and 32.9, 75 MB of down 35.4 and 32.6, 84 MB of qkvz 39.8 and 35.5; 38 MB (16 rows) of qkv 18.7 and
@@ -35,6 +32,35 @@ constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 
 enum class Path { kCluster, kWide, kMma, kGeneral };
 constexpr const char* kNames[] = {"cluster", "wide", "mma", "general"};
+
+bool is_forced(const char* path) { return is_set(getenv("POLYLORA_PATH"), path); }
+
+// Rows up to which decode's kernels take all of a batch of many adapters.
+constexpr int64_t kMostDecodeRows = 1024;
+
+// A wide tile for each adapter, however few its rows are, is what slows many adapters down; a run longer than a tile,
+// what slows decode's kernels. H200, qkv 4096 -> 4096+1024+1024 r16, decode's and wide, us: 512 rows of 64
+// adapters 18.9 and 97.9, of 32 15.8 and 51.1, of 16 18.0 and 30.5, of 4, with a table of 16, 16.4 and 14.8; 1024 rows
+// of 64 29.4 and 109, of 32 32.6 and 55.5, of 4, with a table of 32, 28.0 and 19.2; r64, 512 rows of 32 42.4 and 87.6,
+// of 4 36.7 and 22.
+constexpr int64_t kRowsOfManyAdapters = 32;  // an adapter, at most
+
+// Whether a call is decode: its kernels add in another order than those for more rows.
+bool is_few(const LoraParams& params) {
+  if (batch_invariant()) return false;
+  const bool many_adapters =
+      params.rows <= kMostDecodeRows && params.slices.groups * kRowsOfManyAdapters >= params.rows;
+  return params.rows <= kDecodeRows || many_adapters || params.plan.runs == Runs::kShort;
+}
+
+// Adapters from which on short runs of a longer batch are worth launches of their own.
+constexpr int64_t kManyAdapters = 16;
+
+// Whether the short runs of a call go to decode's kernels, and the others by `path`.
+bool splits_runs(const LoraParams& params, Path path) {
+  return params.rows > kDecodeRows && !is_few(params) && !batch_invariant() && params.slices.groups >= kManyAdapters &&
+         (path == Path::kMma || (path == Path::kWide && !is_forced("wide"))) && narrow_shrink_serves(params);
+}
 
 // Which paths serve a call.
 struct Served {
@@ -108,37 +134,26 @@ cudaError_t mma_split(const LoraParams& params, MmaSplit& split) {
   return split.narrow ? narrow_parts(params, split.parts) : mma_parts(params, split.parts);
 }
 
-}  // namespace
-
-bool batch_invariant() { return is_set(getenv("POLYLORA_BATCH_INVARIANT"), "1"); }
-
-cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
+cudaError_t scratch_of(const LoraParams& params, Path path, int64_t& bytes) {
   bytes = 0;
-  if (adds_nothing(params)) return cudaSuccess;
-  Path path;
-  cudaError_t error = choose_linear(params, path);
-  if (error != cudaSuccess || path == Path::kCluster) return error;
+  if (path == Path::kCluster) return cudaSuccess;
   if (path == Path::kWide) return wide_scratch(params, bytes);
   if (path == Path::kGeneral) {
     bytes = params.rows * params.v_width * int64_t{sizeof(float)};
     return cudaSuccess;
   }
   MmaSplit split{};
-  error = mma_split(params, split);
+  const cudaError_t error = mma_split(params, split);
   bytes = split.narrow ? narrow_plane_bytes(params, split.parts) : plane_bytes(params, split.parts);
   return error;
 }
 
-cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
-  if (adds_nothing(params)) return cudaSuccess;
-  Path path;
-  cudaError_t error = choose_linear(params, path);
-  if (error != cudaSuccess) return error;
+cudaError_t launch_linear(const LoraParams& params, Path path, cudaStream_t stream) {
   if (path == Path::kCluster) return linear_cluster_path(params, stream);
   if (path == Path::kWide) return linear_wide_path(params, stream);
   if (path == Path::kMma) {
     MmaSplit split{};
-    error = mma_split(params, split);
+    cudaError_t error = mma_split(params, split);
     if (error != cudaSuccess) return error;
     error = (split.narrow ? shrink_narrow_path : shrink_mma_path)(params, split.parts, stream);
     if (error != cudaSuccess) return error;
@@ -147,8 +162,50 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
   LoraParams with_v = params;
   with_v.v = static_cast<float*>(params.scratch);
   with_v.v_stride = params.v_width;
-  error = shrink_general_path(with_v, stream);
+  const cudaError_t error = shrink_general_path(with_v, stream);
   return error == cudaSuccess ? expand_general_path(with_v, stream) : error;
+}
+
+// The short runs of a call by decode's path, then the others by `path`.
+template <typename Do>
+cudaError_t each_length(const LoraParams& params, Path path, Do&& what) {
+  LoraParams runs = params;
+  runs.plan = short_runs(params.plan);
+  Path decode;
+  cudaError_t error = choose_linear(runs, decode);
+  if (error == cudaSuccess) error = what(runs, decode);
+  runs.plan = long_runs(params.plan);
+  return error == cudaSuccess ? what(runs, path) : error;
+}
+
+}  // namespace
+
+bool batch_invariant() { return is_set(getenv("POLYLORA_BATCH_INVARIANT"), "1"); }
+
+cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
+  bytes = 0;
+  if (adds_nothing(params)) return cudaSuccess;
+  Path path;
+  const cudaError_t error = choose_linear(params, path);
+  if (error != cudaSuccess || !splits_runs(params, path)) {
+    return error == cudaSuccess ? scratch_of(params, path, bytes) : error;
+  }
+  // one after the other
+  return each_length(params, path, [&](const LoraParams& runs, Path by) {
+    int64_t own = 0;
+    const cudaError_t failed = scratch_of(runs, by, own);
+    if (own > bytes) bytes = own;
+    return failed;
+  });
+}
+
+cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
+  if (adds_nothing(params)) return cudaSuccess;
+  Path path;
+  const cudaError_t error = choose_linear(params, path);
+  if (error != cudaSuccess) return error;
+  if (!splits_runs(params, path)) return launch_linear(params, path, stream);
+  return each_length(params, path, [&](const LoraParams& runs, Path by) { return launch_linear(runs, by, stream); });
 }
 
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {

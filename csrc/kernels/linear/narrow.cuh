@@ -28,9 +28,11 @@ struct NarrowJob {
   // Whatever stands in memory, nothing outside plan and table is read.
   __device__ __forceinline__ void read(const LinearTask& task, int index, int slice) {
     const int lane = threadIdx.x % 32;
-    static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2 && kPlanTiles == 5 && kPlanMaxRun == 7);
+    static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2);
     const int tile = min(lane < 16 ? index : index / 2, task.max_tiles - 1);
-    at = lane < 4 || lane == 7 ? task.header + (lane == 3 ? kPlanTiles : lane)
+    at = lane < 4 || lane == 7 ? task.header + (lane < 3    ? lane
+                                                : lane == 3 ? task.tiles_word
+                                                            : task.longest_word)
                                : reinterpret_cast<const int32_t*>(task.tile + tile) + (lane & 3);
     word = ptx::load_fresh4(at);
     const int from = tile_lane();
@@ -326,6 +328,7 @@ __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank
 /// Jobs of a call, as far as its capacities tell.
 inline int64_t narrow_jobs(const LoraParams& p) {
   const int64_t runs = plan_max_runs(p.rows, p.slices.groups);
+  if (p.plan.runs == Runs::kShort) return runs;
   return runs > p.rows / kTileRows ? runs : p.rows / kTileRows;
 }
 
@@ -352,6 +355,9 @@ inline LinearTask narrow_task(const LoraParams& p, int planes) {
   LinearTask task = linear_task(p);
   task.tile = p.plan.tile;
   task.max_tiles = static_cast<int32_t>(p.plan.max_tiles);
+  const bool all = p.plan.runs == Runs::kAll;
+  task.tiles_word = all ? kPlanTiles : kPlanShortTiles;
+  task.longest_word = all ? kPlanMaxRun : kPlanMaxShort;
   task.rank_cap = static_cast<int32_t>(rank_cap_of(p));
   task.planes = planes;
   task.plane = static_cast<float*>(p.scratch);

@@ -77,7 +77,7 @@ class WideJob {
 
   __device__ __forceinline__ static const int32_t* head_at(const LinearTask& task, int index) {
     const int thread = ptx::thread_again();
-    if (thread < 4) return task.header + (thread < 3 ? thread : kPlanWideTiles);
+    if (thread < 4) return task.header + (thread < 3 ? thread : task.tiles_word);
     return reinterpret_cast<const int32_t*>(task.tile + min(index, task.max_tiles - 1)) + thread - 4;
   }
 
@@ -305,6 +305,7 @@ inline LinearTask wide_task(const LoraParams& p) {
   LinearTask task = linear_task(p);
   task.tile = p.plan.wide_tile;
   task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  task.tiles_word = p.plan.runs == Runs::kAll ? kPlanWideTiles : kPlanLongTiles;
   return task;
 }
 

@@ -100,10 +100,47 @@ struct Run {
   int32_t group, start, rows, index;
 };
 
-// Tiles written so far; the longest run that this thread has seen.
-struct TileCounts {
-  int32_t tiles = 0, wide_tiles = 0, longest = 0;
+// Of short runs: tiles and, as each has one, wide tiles, added as one word.
+struct ShortCounts {
+  int32_t word = 0;
+
+  __device__ __forceinline__ static ShortCounts of(int32_t rows) {
+    return {rows > 0 && rows <= kShortRun ? (rows + kTileRows - 1) / kTileRows << 16 | 1 : 0};
+  }
+  __device__ __forceinline__ int32_t tiles() const { return word >> 16; }
+  __device__ __forceinline__ int32_t wide_tiles() const { return word & 0xffff; }
 };
+
+// Tiles written so far, those of short runs among them; and where the second part of each list begins: tiles of short
+// runs come first, their wide tiles last.
+struct TileCounts {
+  int32_t tiles, wide_tiles, short_tiles, short_wide_tiles, first_long_tile, first_short_wide_tile;
+};
+
+// The longest runs that a thread has seen.
+struct Longest {
+  int32_t any = 0, of_short = 0;
+};
+
+// Before the first tile is written: of runs of `rows(i)` rows, i below `runs`. `total` is shared memory.
+template <typename Block, typename Rows>
+__device__ void count_tiles(typename Block::Storage& storage, int64_t runs, const Rows& rows, TileCounts& total) {
+  int32_t short_tiles = 0, long_wide_tiles = 0;
+  for (int64_t i = threadIdx.x; i < runs; i += blockDim.x) {
+    const int32_t mine = rows(i);
+    if (mine <= kShortRun) {
+      short_tiles += (mine + kTileRows - 1) / kTileRows;
+    } else {
+      long_wide_tiles += (mine + kWideTileRows - 1) / kWideTileRows;
+    }
+  }
+  __syncthreads();
+  short_tiles = typename Block::Reduce(storage.reduce).Sum(short_tiles);
+  __syncthreads();
+  long_wide_tiles = typename Block::Reduce(storage.reduce).Sum(long_wide_tiles);
+  if (threadIdx.x == 0) total = {0, 0, 0, 0, short_tiles, long_wide_tiles};
+  __syncthreads();
+}
 
 // A run a thread, and where its tiles go.
 template <int kThreads>
@@ -123,16 +160,24 @@ __device__ __forceinline__ void write_run_tiles(Tile* to, const Run& run) {
 // tiles of a run: one run may hold nearly all rows.
 template <typename Block, int kThreads>
 __device__ void write_tiles(const PlanTask& task, typename Block::Storage& storage, RunChunk<kThreads>& chunk,
-                            const Run& mine, TileCounts& total) {
+                            const Run& mine, TileCounts& total, Longest& longest) {
+  static_assert(kThreads * (kShortRun / kTileRows) < 1 << 15);
   int32_t tile = 0, wide_tile = 0, tiles = 0, wide_tiles = 0;
+  ShortCounts of_short, all_short;
   __syncthreads();
   typename Block::Scan(storage.scan).ExclusiveSum((mine.rows + kTileRows - 1) / kTileRows, tile, tiles);
   __syncthreads();
   typename Block::Scan(storage.scan)
       .ExclusiveSum((mine.rows + kWideTileRows - 1) / kWideTileRows, wide_tile, wide_tiles);
+  __syncthreads();
+  typename Block::Scan(storage.scan).ExclusiveSum(ShortCounts::of(mine.rows).word, of_short.word, all_short.word);
+  const int32_t short_tile = total.short_tiles + of_short.tiles();
+  const int32_t short_wide_tile = total.short_wide_tiles + of_short.wide_tiles();
+  const bool is_short = mine.rows <= kShortRun;
   chunk.run[threadIdx.x] = mine;
-  chunk.tile[threadIdx.x] = total.tiles + tile;
-  chunk.wide_tile[threadIdx.x] = total.wide_tiles + wide_tile;
+  chunk.tile[threadIdx.x] = is_short ? short_tile : total.first_long_tile + total.tiles + tile - short_tile;
+  chunk.wide_tile[threadIdx.x] =
+      is_short ? total.first_short_wide_tile + short_wide_tile : total.wide_tiles + wide_tile - short_wide_tile;
   __syncthreads();
   for (int i = threadIdx.x / 32; i < kThreads; i += kThreads / 32) {
     const Run run = chunk.run[i];
@@ -140,11 +185,18 @@ __device__ void write_tiles(const PlanTask& task, typename Block::Storage& stora
     write_run_tiles<kWideTileRows>(task.out.wide_tile + chunk.wide_tile[i], run);
   }
   __syncthreads();
-  total = {total.tiles + tiles, total.wide_tiles + wide_tiles, max(total.longest, mine.rows)};
+  if (threadIdx.x == 0) {
+    total.tiles += tiles;
+    total.wide_tiles += wide_tiles;
+    total.short_tiles += all_short.tiles();
+    total.short_wide_tiles += all_short.wide_tiles();
+  }
+  longest.any = max(longest.any, mine.rows);
+  if (is_short) longest.of_short = max(longest.of_short, mine.rows);
 }
 
 __device__ void write_header(const PlanTask& task, int32_t active, int32_t runs, const TileCounts& total,
-                             int32_t invalid, int32_t max_run) {
+                             int32_t invalid, int32_t max_run, int32_t max_short) {
   int32_t* h = task.out.header;
   for (int i = 0; i < kPlanHeaderWords; ++i) h[i] = 0;
   h[kPlanVersion] = kPlanVersionValue;
@@ -156,7 +208,19 @@ __device__ void write_header(const PlanTask& task, int32_t active, int32_t runs,
   h[kPlanInvalid] = invalid;
   h[kPlanMaxRun] = max_run;
   h[kPlanWideTiles] = total.wide_tiles;
+  h[kPlanShortTiles] = total.short_tiles;
+  h[kPlanLongTiles] = total.wide_tiles - total.short_wide_tiles;
+  h[kPlanMaxShort] = max_short;
   h[kPlanPairs] = task.out.pair_pos ? static_cast<int32_t>(task.source.p.pairs) : 0;
+}
+
+template <typename Block>
+__device__ void finish(const PlanTask& task, typename Block::Storage& storage, int32_t active, int32_t runs,
+                       const TileCounts& total, const Longest& mine, int32_t invalid) {
+  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(mine.any, MaxOp());
+  __syncthreads();
+  const int32_t longest_short = typename Block::Reduce(storage.reduce).Reduce(mine.of_short, MaxOp());
+  if (threadIdx.x == 0) write_header(task, active, runs, total, invalid, longest, longest_short);
 }
 
 // The head of a run among sorted keys in blocked order; `last_key` lends one word a thread.
@@ -223,7 +287,10 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
   if (threadIdx.x == 0) task.out.run_start[runs] = active;
   __syncthreads();
 
-  TileCounts total;
+  __shared__ TileCounts total;
+  count_tiles<Block>(
+      storage, runs, [&](int64_t r) { return task.out.run_start[r + 1] - task.out.run_start[r]; }, total);
+  Longest longest;
   for (int32_t base = 0; base < runs; base += kThreads) {
     const int32_t r = base + threadIdx.x;
     Run my_run{0, 0, 0, r};
@@ -231,10 +298,9 @@ __global__ void __launch_bounds__(kThreads) plan_one_chunk(const __grid_constant
       const int32_t start = task.out.run_start[r];
       my_run = {task.out.run_group[r], start, task.out.run_start[r + 1] - start, r};
     }
-    write_tiles<Block>(task, storage, chunk_runs, my_run, total);
+    write_tiles<Block>(task, storage, chunk_runs, my_run, total, longest);
   }
-  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(total.longest, MaxOp());
-  if (threadIdx.x == 0) write_header(task, active, runs, total, invalid, longest);
+  finish<Block>(task, storage, active, runs, total, longest, invalid);
 }
 
 template <int kThreads, int kItems>
@@ -269,8 +335,10 @@ __global__ void __launch_bounds__(kThreads) plan_many_chunks(const __grid_consta
   __syncthreads();
 
   // runs and tiles of every group; a group's count becomes its cursor
+  __shared__ TileCounts total;
+  count_tiles<Block>(storage, groups, [&](int64_t g) { return cursor[g]; }, total);
   int32_t runs = 0, active = 0;
-  TileCounts total;
+  Longest longest;
   for (int64_t base = 0; base < groups; base += kThreads) {
     const int64_t g = base + threadIdx.x;
     const int32_t count = g < groups ? cursor[g] : 0;
@@ -284,15 +352,12 @@ __global__ void __launch_bounds__(kThreads) plan_many_chunks(const __grid_consta
       cursor[g] = active + start;
     }
     write_tiles<Block>(task, storage, chunk_of_runs, Run{static_cast<int32_t>(g), active + start, count, runs + run},
-                       total);
+                       total, longest);
     runs += chunk_runs;
     active += chunk_rows;
   }
-  const int32_t longest = typename Block::Reduce(storage.reduce).Reduce(total.longest, MaxOp());
-  if (threadIdx.x == 0) {
-    task.out.run_start[runs] = active;
-    write_header(task, active, runs, total, invalid, longest);
-  }
+  if (threadIdx.x == 0) task.out.run_start[runs] = active;
+  finish<Block>(task, storage, active, runs, total, longest, invalid);
   __syncthreads();
 
   // rows to their places, a chunk after the other: stable
