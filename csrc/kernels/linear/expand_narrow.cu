@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   int index = blockIdx.x;
   NarrowJob job;
   job.read(task, index, s);
-  bool guess = !task.follows_shrink;
+  bool guess = !task.follows_own;
   bool waited = false;
 #pragma unroll 1
   while (true) {
@@ -155,7 +155,7 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaSt
 
 cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
   NarrowTask params{narrow_task(p, planes), {}};
-  params.linear.follows_shrink = planes > 0;
+  params.linear.follows_own = planes > 0;
   return expand(params, p, even_rank(p), stream);
 }
 

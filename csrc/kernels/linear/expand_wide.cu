@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
   int tiles = tiles_of_plan();
   const auto units_begin = [&](int block) { return int64_t{tiles} * task.units * block / gridDim.x; };
   int64_t unit = units_begin(blockIdx.x);
-  bool guess = !task.follows_shrink;
+  bool guess = !task.follows_own;
   bool waited = false;
   int known_tile = -1;
 #pragma unroll 1
@@ -158,7 +158,7 @@ bool wide_expand_serves(const LoraParams& p) { return fast_expand_serves(p) && p
 cudaError_t expand_wide_path(const LoraParams& p, int planes, cudaStream_t stream) {
   ExpandTask params{wide_task(p), {}, {}, 0};
   if (planes > 0) {
-    params.linear.follows_shrink = true;
+    params.linear.follows_own = true;
     set_planes(params.linear, p, planes);
   }
   return expand(params, p, even_rank(p), stream);
@@ -179,7 +179,7 @@ cudaError_t embedding_mma_path(const EmbeddingParams& e, cudaStream_t stream) {
   ExpandTask params{wide_task(e.lora), token_source(e), lookup_operands(e), 0};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);
-  params.linear.follows_shrink = true;
+  params.linear.follows_own = true;
   const cudaError_t error = embedding_lookup_path(e, stream);
   return error == cudaSuccess ? expand(params, e.lora, embedding_rank(e), stream) : error;
 }

@@ -166,16 +166,20 @@ cudaError_t launch_linear(const LoraParams& params, Path path, cudaStream_t stre
   return error == cudaSuccess ? expand_general_path(with_v, stream) : error;
 }
 
-// The short runs of a call by decode's path, then the others by `path`.
-template <typename Do>
-cudaError_t each_length(const LoraParams& params, Path path, Do&& what) {
-  LoraParams runs = params;
-  runs.plan = short_runs(params.plan);
-  Path decode;
-  cudaError_t error = choose_linear(runs, decode);
-  if (error == cudaSuccess) error = what(runs, decode);
-  runs.plan = long_runs(params.plan);
-  return error == cudaSuccess ? what(runs, path) : error;
+// A call in two parts, which may run side by side: its short runs by decode's path, and the others.
+struct TwoParts {
+  LoraParams short_part, long_part;
+  Path short_path;
+  int64_t short_bytes;  // of scratch; the other part's comes behind
+};
+cudaError_t split_call(const LoraParams& params, TwoParts& parts) {
+  parts.short_part = parts.long_part = params;
+  parts.short_part.plan = short_runs(params.plan);
+  parts.long_part.plan = long_runs(params.plan);
+  cudaError_t error = choose_linear(parts.short_part, parts.short_path);
+  if (error == cudaSuccess) error = scratch_of(parts.short_part, parts.short_path, parts.short_bytes);
+  parts.short_bytes = divide_up(parts.short_bytes, 16) * 16;
+  return error;
 }
 
 }  // namespace
@@ -186,26 +190,27 @@ cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
   bytes = 0;
   if (adds_nothing(params)) return cudaSuccess;
   Path path;
-  const cudaError_t error = choose_linear(params, path);
-  if (error != cudaSuccess || !splits_runs(params, path)) {
-    return error == cudaSuccess ? scratch_of(params, path, bytes) : error;
-  }
-  // one after the other
-  return each_length(params, path, [&](const LoraParams& runs, Path by) {
-    int64_t own = 0;
-    const cudaError_t failed = scratch_of(runs, by, own);
-    if (own > bytes) bytes = own;
-    return failed;
-  });
+  cudaError_t error = choose_linear(params, path);
+  if (error != cudaSuccess) return error;
+  if (!splits_runs(params, path)) return scratch_of(params, path, bytes);
+  TwoParts parts{};
+  error = split_call(params, parts);
+  if (error == cudaSuccess) error = scratch_of(parts.long_part, path, bytes);
+  bytes += parts.short_bytes;
+  return error;
 }
 
 cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
   if (adds_nothing(params)) return cudaSuccess;
   Path path;
-  const cudaError_t error = choose_linear(params, path);
+  cudaError_t error = choose_linear(params, path);
   if (error != cudaSuccess) return error;
   if (!splits_runs(params, path)) return launch_linear(params, path, stream);
-  return each_length(params, path, [&](const LoraParams& runs, Path by) { return launch_linear(runs, by, stream); });
+  TwoParts parts{};
+  error = split_call(params, parts);
+  if (parts.short_bytes > 0) parts.long_part.scratch = static_cast<char*>(params.scratch) + parts.short_bytes;
+  if (error == cudaSuccess) error = launch_linear(parts.short_part, parts.short_path, stream);
+  return error == cudaSuccess ? launch_linear(parts.long_part, path, stream) : error;
 }
 
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {

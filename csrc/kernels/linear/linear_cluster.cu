@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
     ptx::init_barrier(partials_arrived);
     ptx::init_barrier(v_arrived);
   }
-  ptx::launch_next_grid();
+  if (!task.holds_next) ptx::launch_next_grid();
   // every block of the cluster must run, with its barriers made, before any stores into its shared memory
   if (blocks > 1) ptx::cluster_arrive_relaxed();  // init_barrier has made the barriers visible
   bool arrived = blocks > 1;
@@ -140,7 +140,10 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
       shrink.clear();
       int r = first_rank;
       int u = k.begin;
-      if (guess) ptx::wait_for_previous_grid();
+      if (guess) {
+        ptx::wait_for_previous_grid();
+        if (task.holds_next) ptx::launch_next_grid();
+      }
       if (r < rank) shrink.load(u, k.end);
       int32_t now = job.word;
       if (guess) now = ptx::load_fresh4(job.at);
@@ -359,8 +362,9 @@ cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
     if (clusters > 0) break;
   }
   if (error != cudaSuccess) return error;
-  const Spread how = spread(p, most_blocks_log2);
-  const LinearTask& task = how.params.linear;
+  Spread how = spread(p, most_blocks_log2);
+  LinearTask& task = how.params.linear;
+  task.holds_next = p.plan.runs == Runs::kShort;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   const int64_t most = 4 * device.sms / (p.slices.count << task.blocks_log2);
   LaunchShape shape;

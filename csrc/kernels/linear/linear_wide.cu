@@ -12,7 +12,8 @@
 // its own, where the owners of sums write v.
 //
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
-// The order of all sums depends on the capacities of the call alone.
+// Where that was decode's kernel for the short runs of the same call, nothing that is read here may change: both run
+// side by side. The order of all sums depends on the capacities of the call alone.
 #include "linear/exchange.cuh"
 #include "linear/paths.h"
 
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   ptx::launch_next_grid();
   if (!kThroughL2 && threadIdx.x == 0) exchange.init();
   WideJob::read(task, item, blockIdx.x / parts());
-  bool guess = true;
+  bool guess = !task.follows_own;
 #pragma unroll 1
   while (true) {
     // ---- shrink
@@ -327,6 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     __syncthreads();
     WideJob::read(task, item, next);
   }
+  if (task.follows_own) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 #else
   __trap();  // linear.cu sends no other device here
 #endif
@@ -397,6 +399,7 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int planes = planes_of(p, parts);
   if (planes > 0) set_planes(task, p, planes);
+  task.follows_own = p.plan.runs == Runs::kLong;
   if (p.y != nullptr && parts >= task.slices) share_parts(task, parts);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));
