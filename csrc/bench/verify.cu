@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "naive.h"
@@ -137,7 +138,7 @@ Verdict verify_plan(const Problem& problem, const Implementation& run, cudaStrea
   };
   int64_t active = 0;
   int64_t runs = 0;
-  int64_t tiles = 0;
+  int64_t tiles = 0, wide_tiles = 0, short_tiles = 0, long_tiles = 0, max_short = 0;
   for (int32_t group = 0; group < c.slots; ++group) {
     const std::vector<int32_t>& rows = rows_of[static_cast<size_t>(group)];
     if (rows.empty()) continue;
@@ -148,7 +149,17 @@ Verdict verify_plan(const Problem& problem, const Implementation& run, cudaStrea
       expect(at.row_group + rows[i], group, "the group of a row");
     }
     active += static_cast<int64_t>(rows.size());
-    tiles += (static_cast<int64_t>(rows.size()) + kTileRows - 1) / kTileRows;
+    const auto count = static_cast<int64_t>(rows.size());
+    const int64_t own_tiles = (count + kTileRows - 1) / kTileRows;
+    const int64_t own_wide_tiles = (count + kWideTileRows - 1) / kWideTileRows;
+    tiles += own_tiles;
+    wide_tiles += own_wide_tiles;
+    if (count <= kShortRun) {
+      short_tiles += own_tiles;
+      max_short = std::max(max_short, count);
+    } else {
+      long_tiles += own_wide_tiles;
+    }
     ++runs;
   }
   expect(at.run_start + runs, active, "the end of the last run");
@@ -156,6 +167,10 @@ Verdict verify_plan(const Problem& problem, const Implementation& run, cudaStrea
   expect(kPlanActiveRows, active, "the number of active rows");
   expect(kPlanRuns, runs, "the number of runs");
   expect(kPlanTiles, tiles, "the number of tiles");
+  expect(kPlanWideTiles, wide_tiles, "the number of wide tiles");
+  expect(kPlanShortTiles, short_tiles, "the number of tiles of short runs");
+  expect(kPlanLongTiles, long_tiles, "the number of wide tiles of long runs");
+  expect(kPlanMaxShort, max_short, "the longest short run");
   expect(kPlanInvalid, 0, "the number of invalid ids");
   return verdict;
 }

@@ -46,7 +46,7 @@ inline constexpr int32_t kWideTileRows = 128;
 
 /// Rows that a short run has at most. A batch of many rows may hold both: a wide tile each would leave short runs'
 /// mostly empty, decode's kernels would read the weights of a long run again for every few rows.
-inline constexpr int32_t kShortRun = 16;
+inline constexpr int32_t kShortRun = kTileRows;
 
 /// Rows up to which one block sorts the whole plan without a workspace.
 inline constexpr int64_t kPlanSortRows = 8192;
@@ -65,7 +65,8 @@ POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups, int64
 
 /// Tiles of short runs, and wide tiles of the others, at most.
 POLYLORA_HD constexpr int64_t plan_max_short_tiles(int64_t rows, int64_t groups) {
-  return min64(plan_max_tiles(rows, groups), plan_max_runs(rows, groups) * (kShortRun / kTileRows));
+  static_assert(kShortRun <= kTileRows);  // a tile each
+  return min64(plan_max_tiles(rows, groups), plan_max_runs(rows, groups));
 }
 POLYLORA_HD constexpr int64_t plan_max_long_tiles(int64_t rows, int64_t groups) {
   return plan_max_tiles(rows, min64(groups, rows / (kShortRun + 1)), kWideTileRows);

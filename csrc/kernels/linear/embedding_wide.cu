@@ -1,7 +1,6 @@
 // embedding for many rows in one launch, sm_90: a cluster of blocks takes a wide tile.
 //
-//   every block:  its part of the tile's rows: tokens, and their v, looked up once and sent to all blocks of the
-//   cluster
+//   every block:  tokens and v of its part of the tile's rows, looked up once and sent to all blocks of the cluster
 //                 the first of y and of B on their way meanwhile
 //                 its part of the outputs                                                           (ExpandStream)
 //

@@ -2,7 +2,8 @@
 //
 // Of every pass over x, a block holds its part's sums in the registers of its tensor cores. They are cut into units,
 // each owned by one block: it gets the unit's sums from all blocks, adds them in the order of K, and passes on what is
-// wanted of them, in linear to all blocks that expand the slice.
+// wanted of them, in linear to all blocks that expand the slice. The barrier that counts what arrives serves
+// embedding_wide.cu, too.
 #pragma once
 
 #include "linear/expand_stream.cuh"

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
       }
       // v as 16-bit operands; of sums, the one rounding happens here, unscaled as in the plain formula
       const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
-      const int first = job.position(task, index, 0);
+      const int first = job.plane_row(task, index);
 #pragma unroll 1
       for (int base = 0; base < rows * quads_a_row; base += kThreads) {
         const int i = base + static_cast<int>(threadIdx.x);
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
           const Lookup lookup(slice, entry.a_row, rank, params.tokens.token_major);
           bits = lookup.load(token_of(params.tokens, batch_row), r);
         } else {
-          const int position = min(first + v_row, task.rows - 1);
-          const float4 sum = task.planes > 0 ? add_planes(task, position, s * task.rank_cap + r)
+          const int plane_row = min(first + v_row, task.plane_rows - 1);
+          const float4 sum = task.planes > 0 ? add_planes(task, plane_row, s * task.rank_cap + r)
                                              : load_v4(task, batch_row, entry.v_col, r, rank);
           bits = {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
         }

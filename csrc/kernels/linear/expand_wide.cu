@@ -115,6 +115,11 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 }
 
+// Of rows of v for so many ranks, in few sizes of shared memory: multiples of 64 ranks above 32.
+int v_pitch(int64_t ranks) {
+  return StreamV::pitch(static_cast<int>(ranks <= 32 ? 32 : min64(divide_up(ranks, 64) * 64, kMaxRank)));
+}
+
 // `ranks`: that most slices may have.
 template <typename T, typename Block>
 cudaError_t expand(const Device& device, ExpandTask& params, int64_t ranks, cudaStream_t stream) {
@@ -123,11 +128,9 @@ cudaError_t expand(const Device& device, ExpandTask& params, int64_t ranks, cuda
   shape.grid = dim3(static_cast<unsigned>(min64(units, device.sms * Block::kPerSm)));
   shape.threads = Block::kThreads;
   shape.overlap = true;
-  // few sizes of shared memory: multiples of 64 ranks above 32
-  const int64_t columns = ranks <= 32 ? 32 : min64(divide_up(ranks, 64) * 64, kMaxRank);
   constexpr int kVAt = ExpandSmem<Block>::kVAt;
   const int64_t room = (device.smem_bytes - kVAt) / 2;
-  params.v_elements = static_cast<int32_t>(min64(kWideTileRows * StreamV::pitch(static_cast<int>(columns)), room));
+  params.v_elements = static_cast<int32_t>(min64(kWideTileRows * v_pitch(ranks), room));
   if (params.v_elements < kLeastV) params.v_elements = kLeastV;
   shape.smem_bytes = kVAt + params.v_elements * 2;
   return launch<&expand_wide<T, Block>>(device, shape, params, stream);
@@ -141,9 +144,10 @@ cudaError_t expand(ExpandTask& params, int64_t ranks, cudaStream_t stream) {
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const bool many = int64_t{task.max_tiles} * task.units >= kManyUnits;
-  return many && device.smem_bytes >= ExpandSmem<LargeBlock>::kVAt + kLeastV * 2
-             ? expand<T, LargeBlock>(device, params, ranks, stream)
-             : expand<T, SmallBlock>(device, params, ranks, stream);
+  // a tile's v in pieces would bring B again for each, and leave warps without rows
+  const int64_t large = ExpandSmem<LargeBlock>::kVAt + int64_t{kWideTileRows} * v_pitch(ranks) * 2;
+  return many && device.smem_bytes >= large ? expand<T, LargeBlock>(device, params, ranks, stream)
+                                            : expand<T, SmallBlock>(device, params, ranks, stream);
 }
 
 cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaStream_t stream) {

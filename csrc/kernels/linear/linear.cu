@@ -58,7 +58,7 @@ constexpr int64_t kManyAdapters = 16;
 
 // Whether the short runs of a call go to decode's kernels, and the others by `path`.
 bool splits_runs(const LoraParams& params, Path path) {
-  return params.rows > kDecodeRows && !is_few(params) && !batch_invariant() && params.slices.groups >= kManyAdapters &&
+  return !is_few(params) && !batch_invariant() && params.slices.groups >= kManyAdapters &&
          (path == Path::kMma || (path == Path::kWide && !is_forced("wide"))) && narrow_shrink_serves(params);
 }
 
@@ -73,20 +73,22 @@ cudaError_t choose(Served serves, Served has, Path& path, Path first_choice = Pa
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const bool able[] = {device.major >= 9, device.major == 9 && POLYLORA_COMPILED_90A, device.major >= 8, true};
-  const char* forced = getenv("POLYLORA_PATH");
-  const bool is_forced = forced != nullptr && *forced != 0;
+  const char* name = getenv("POLYLORA_PATH");
+  const bool forced = name != nullptr && *name != 0;
   int first = static_cast<int>(first_choice);
-  if (is_forced) {
-    for (first = 0; first < 4 && !is_set(forced, kNames[first]);) ++first;
+  if (forced) {
+    for (first = 0; first < 4 && !is_set(name, kNames[first]);) ++first;
     if (first == 4) return cudaErrorInvalidValue;
-    while (!has.path[first]) ++first;
+    if (!has.path[first]) {
+      while (!has.path[first] || !able[first]) ++first;
+    }
   }
   for (int i = first; i < 4; ++i) {
     if (has.path[i] && serves.path[i] && able[i]) {
       path = static_cast<Path>(i);
       return cudaSuccess;
     }
-    if (is_forced) break;
+    if (forced) break;
   }
   return cudaErrorNotSupported;
 }

@@ -65,6 +65,10 @@ struct NarrowJob {
     const int first = get(tile_lane() + 1) + (two_a_tile() ? index % 2 * kJobRows : 0);
     return min(static_cast<uint32_t>(first + i), static_cast<uint32_t>(task.rows - 1));
   }
+  /// Of its first row in the planes.
+  __device__ __forceinline__ int plane_row(const LinearTask& task, int index) const {
+    return task.tiles_word == kPlanShortTiles ? index * kJobRows : position(task, index, 0);
+  }
   __device__ __forceinline__ SliceEntry entry() const {
     const uint64_t offset =
         static_cast<uint64_t>(static_cast<uint32_t>(get(13))) << 32 | static_cast<uint32_t>(get(12));
@@ -325,7 +329,7 @@ __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank
 
 // ---- host
 
-/// Jobs of a call, as far as its capacities tell.
+/// Jobs of a call, as far as its capacities tell. Short runs are a tile each, most of them of few rows.
 inline int64_t narrow_jobs(const LoraParams& p) {
   const int64_t runs = plan_max_runs(p.rows, p.slices.groups);
   if (p.plan.runs == Runs::kShort) return runs;
@@ -349,8 +353,13 @@ inline int k_split_log2_of(int64_t rank, int warps) {
 /// Ranks that a slice can have, in whole rank tiles.
 inline int64_t rank_cap_of(const LoraParams& p) { return divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile; }
 
-/// The task of kernels for few rows. Planes: in the call's scratch, a row for each position of the plan's order,
-/// rank_cap columns for each slice.
+/// Rows of a plane: of all runs one a position; short ones are far fewer than the call's rows, so theirs have one a
+/// row that their tiles have room for.
+inline int64_t narrow_plane_rows(const LoraParams& p) {
+  return p.plan.runs == Runs::kShort ? p.plan.max_tiles * kTileRows : p.rows;
+}
+
+/// The task of kernels for few rows. Planes: in the call's scratch, rank_cap columns for each slice.
 inline LinearTask narrow_task(const LoraParams& p, int planes) {
   LinearTask task = linear_task(p);
   task.tile = p.plan.tile;
@@ -362,11 +371,12 @@ inline LinearTask narrow_task(const LoraParams& p, int planes) {
   task.planes = planes;
   task.plane = static_cast<float*>(p.scratch);
   task.plane_width = task.slices * task.rank_cap;
-  task.plane_elements = p.rows * task.plane_width;
+  task.plane_rows = static_cast<int32_t>(narrow_plane_rows(p));
+  task.plane_elements = int64_t{task.plane_rows} * task.plane_width;
   return task;
 }
 inline int64_t narrow_plane_bytes(const LoraParams& p, int planes) {
-  return planes * p.rows * p.slices.count * rank_cap_of(p) * int64_t{sizeof(float)};
+  return planes * narrow_plane_rows(p) * p.slices.count * rank_cap_of(p) * int64_t{sizeof(float)};
 }
 
 }  // namespace polylora::cuda

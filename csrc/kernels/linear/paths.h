@@ -26,13 +26,14 @@ cudaError_t mma_parts(const LoraParams& params, int& parts);
 cudaError_t shrink_mma_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t add_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t expand_wide_path(const LoraParams& params, int planes, cudaStream_t stream);
+
+/// embedding of many rows: in one launch (9.0), and in two with scratch (8.0 and later).
+cudaError_t embedding_wide_path(const EmbeddingParams& params, cudaStream_t stream);
 void mma_embedding_scratch(const EmbeddingParams& params, int64_t& bytes);
 cudaError_t embedding_lookup_path(const EmbeddingParams& params, cudaStream_t stream);
 cudaError_t embedding_mma_path(const EmbeddingParams& params, cudaStream_t stream);
-/// In one launch (9.0).
-cudaError_t embedding_wide_path(const EmbeddingParams& params, cudaStream_t stream);
 
-/// The same for decode: where the wide kernels serve and, for shrink, K allows it.
+/// linear's pieces and embedding for decode: where the wide kernels serve and, for shrink, K allows it.
 inline constexpr int64_t kDecodeRows = 256;
 inline constexpr int64_t kLookupRows = 2048;
 bool narrow_shrink_serves(const LoraParams& params);

@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
     }
     __syncthreads();
     const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
-    const int first = job.position(task, index, 0);
+    const int first = job.plane_row(task, index);
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * quads_a_row; i += kWarps * 32) {
       const int row = i / quads_a_row;
       const int quad = i - row * quads_a_row;
       const auto* from = reinterpret_cast<const float4*>(partial + row * pitch) + quad;
       float* to = task.plane + blockIdx.z * task.plane_elements +
-                  int64_t{min(first + row, task.rows - 1)} * task.plane_width +
+                  int64_t{min(first + row, task.plane_rows - 1)} * task.plane_width +
                   static_cast<int>(blockIdx.y) * task.rank_cap + 4 * quad;
       *reinterpret_cast<float4*>(to) = add_quads(from, kJobRows * pitch / 4, task.k_split_log2);
     }

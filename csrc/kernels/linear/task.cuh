@@ -28,11 +28,13 @@ struct LinearTask {
   const void* x;
   void* y;
   float* v;  // [rows, v_width], row pitch v_stride
-  // v between the halves: sums over parts of K, [planes][rows][plane_width]; a row for each position of the plan's
-  // order, 16 columns for each rank tile of a wide item, or rank_cap for each slice
+  // v between the halves: sums over parts of K, [planes][plane_rows][plane_width]; a row for each position of the
+  // plan's order, 16 columns for each rank tile of a wide item, or rank_cap for each slice. Decode of short runs alone:
+  // a row for each of a job
   float* plane;
   int64_t plane_elements;
-  int32_t planes;  // 0: v is used instead
+  int32_t plane_rows;  // decode
+  int32_t planes;      // 0: v is used instead
   int32_t plane_width;
   int32_t x_stride, y_stride, v_stride;
   int32_t k;

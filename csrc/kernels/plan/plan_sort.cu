@@ -101,6 +101,7 @@ struct Run {
 };
 
 // Of short runs: tiles and, as each has one, wide tiles, added as one word.
+static_assert(kShortRun <= kWideTileRows);
 struct ShortCounts {
   int32_t word = 0;
 
