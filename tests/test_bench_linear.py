@@ -507,6 +507,7 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(argv, what, capsys)
         ["linear", "--dtype", "fp32"],
         ["linear", "--peers", "vllm,,v2"],
         ["linear", "--paths", "auto,auto"],
+        ["linear", "--paths", "auto,fast"],
         ["plot", "x.jsonl"],
     ],
 )

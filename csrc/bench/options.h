@@ -52,11 +52,15 @@ what to run
   --list                          print the cases and their H100 floors, run nothing (needs no GPU)
 
 against what
-  --path NAME                     sets POLYLORA_PATH (auto: unsets it); repeatable: each case with each
-  --baseline naive|cutlass        times that too; repeatable. cutlass: two grouped GEMMs, rows sorted by adapter
+  --path NAME                     auto (unsets POLYLORA_PATH), cluster, wide, mma, general (set it); repeatable:
+                                    each case with each
 )";
-  if (!embedding) {
-    text += R"(  --chain                         what the op adds to a chain of cuBLAS GEMMs, each followed by it
+  if (embedding) {
+    text += "  --baseline naive                times that too\n";
+  } else {
+    text +=
+        R"(  --baseline naive|cutlass        times that too; repeatable. cutlass: two grouped GEMMs, rows sorted by adapter
+  --chain                         what the op adds to a chain of cuBLAS GEMMs, each followed by it
   --cublas FILE                   the cuBLAS to load (default: libcublas.so.13, .so.12, .so)
 )";
   }
@@ -120,10 +124,10 @@ inline Options parse_options(const std::vector<std::string>& arguments, bool emb
     } else if (flag == "--filter") {
       options.filters.push_back(value());
     } else if (flag == "--path") {
-      options.paths.push_back(value());
-      if (options.paths.back().empty()) throw UsageError("--path needs a name; auto: the library's own choice");
+      options.paths.push_back(one_of(value(), {"auto", "cluster", "wide", "mma", "general"}));
     } else if (flag == "--baseline") {
-      options.baselines.push_back(one_of(value(), {"naive", "cutlass"}));
+      options.baselines.push_back(one_of(
+          value(), embedding ? std::vector<std::string>{"naive"} : std::vector<std::string>{"naive", "cutlass"}));
     } else if (flag == "--dtype") {
       options.fp16 = one_of(value(), {"bf16", "fp16"}) == "fp16";
     } else if (flag == "--cublas" && !embedding) {
@@ -159,7 +163,7 @@ inline Options parse_options(const std::vector<std::string>& arguments, bool emb
     throw UsageError("--baseline is for whole ops, not for --op " + std::string(op_name(options.op)));
   }
   for (const std::string& baseline : options.baselines) {
-    if (baseline == "cutlass" && (embedding || options.fp16)) {
+    if (baseline == "cutlass" && options.fp16) {
       throw UsageError("--baseline cutlass is for bf16 linears");
     }
   }

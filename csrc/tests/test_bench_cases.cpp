@@ -292,6 +292,7 @@ void test_options() {
                                      {"word"},
                                      {"--filter", "nothing has this name"},
                                      {"--path="},
+                                     {"--path", "fast"},
                                      {"--baseline", "torch"},
                                      {"--baseline", "cutlass", "--dtype", "fp16"},
                                      {"--op", "plan", "--idle"},

@@ -75,8 +75,8 @@ def _add_bench(commands: Any) -> None:
                         "e.g. 'llama8b.qkv r16 M16 a16' or '4096->4096+1024 r16 M1'; may be repeated")  # fmt: skip
     linear.add_argument("--filter", action="append", default=[], metavar="WORDS", help="only cases that fit all words, "
                         "e.g. 'qkv r16 M1'; repeated: any of them")  # fmt: skip
-    linear.add_argument("--paths", type=_names, metavar="PATH,...",
-                        help="kernel paths of polylora: auto, or what POLYLORA_PATH takes (default auto)")  # fmt: skip
+    linear.add_argument("--paths", type=_paths, metavar="PATH,...",
+                        help="kernel paths of polylora: auto, cluster, wide, mma, general (default auto)")  # fmt: skip
     linear.add_argument("--peers", type=_names, metavar="PEER,...",
                         help="of vllm, csgmv, triton, v2; or none (default: those that can be imported)")  # fmt: skip
     linear.add_argument("--peers-path", metavar="DIR", help="folder that holds the peers' packages")
@@ -106,6 +106,13 @@ def _names(text: str) -> list[str]:
     if not all(names) or len(set(names)) != len(names):
         raise argparse.ArgumentTypeError(f"must be names between commas, each once, got {text!r}")
     return names
+
+
+def _paths(text: str) -> list[str]:
+    known = ("auto", "cluster", "wide", "mma", "general")
+    if unknown := [name for name in _names(text) if name not in known]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
+    return _names(text)
 
 
 def _refuse(text: str) -> int:
