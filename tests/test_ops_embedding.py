@@ -46,7 +46,7 @@ def test_any_embedding_rank(device, dtype, path, rank, token_major):
 
 @LAYOUT
 @pytest.mark.parametrize("ranks", [(8, 16, 64), (1, 17, 33), (100, 256)], ids=str)
-@pytest.mark.parametrize("rows", [1, 7, 40, 150])
+@pytest.mark.parametrize("rows", [1, 7, 40, 150, 700])
 def test_aligned_pools_take_the_fast_path(device, dtype, path, rows, ranks, token_major):
     for widths in ((8,), (72, 640), (2048,)):
         run_embedding(

@@ -93,7 +93,7 @@ def test_row_counts_from_none_to_prefill(device, dtype, path, rows, aligned):
 
 
 @pytest.mark.trap(7)
-@pytest.mark.parametrize("rows, groups", [(400, 30), (1100, 20), (1300, 100)])
+@pytest.mark.parametrize("rows, groups", [(400, 30), (700, 20), (1100, 20), (1300, 100)])
 @pytest.mark.parametrize("ids", ["mixed", "skewed", "segments", "none"])
 def test_short_and_long_runs_of_many_adapters(device, dtype, path, ids, rows, groups):
     """A step of prefill and decode: on CUDA its short runs may take other kernels than its long ones."""
@@ -290,6 +290,13 @@ def test_v_width_above_what_the_table_uses(device, dtype, path, more, aligned):
     args["v_width"] += more
     ops.linear_(**args)
     case.check()
+
+
+@pytest.mark.parametrize("ids", ["mixed", "segments"])
+@pytest.mark.parametrize("rank", [16, 256])
+def test_many_outputs_of_many_tiles(device, dtype, path, ids, rank):
+    shape = {"k": 64, "widths": (8192, 40), "ranks": (rank,), "aligned": True}
+    run_linear(make_dense_case(device, dtype, rows=300, groups=20, ids=ids, **shape), path)
 
 
 @pytest.mark.trap(4)

@@ -606,6 +606,13 @@ void prefill() {
   }
   run("large blocks of expand", mma, {DType::kBFloat16, 16, 64, {8192, 40}, 16, {16, 0, 70, 8}, "each"});
   run("large blocks of expand, halves", mma_halves, {DType::kFloat16, 16, 64, {8200}, 16, {16, 8, 256, 0}, "each"});
+  for (int rank : {16, 64, 256}) {
+    const Shape shape{DType::kBFloat16, 130, 64, {2048}, 64, {rank}, "one"};
+    run("large blocks of expand, whole tiles, rank " + std::to_string(rank), mma, shape);
+    cuda::emulated_device = {0, 8, 108, 163 * 1024};  // 8.0: as far as v of a tile has room
+    run("8.0, many outputs, rank " + std::to_string(rank), mma, shape);
+    cuda::emulated_device = {0, 9, 132, 227 * 1024};
+  }
   cuda::emulated_device = {0, 8, 84, 99 * 1024};  // 8.6: v of few rows at a time, half the ranks a pass over x
   run("8.6, many ranks", mma, {DType::kBFloat16, 150, 128, {64, 200}, 2, {200, 130, 64, 256}, "segments"});
   run("8.6, halves of many ranks", mma_halves, {DType::kFloat16, 140, 64, {72}, 1, {256}, "one"});
