@@ -110,9 +110,10 @@ def _names(text: str) -> list[str]:
 
 def _paths(text: str) -> list[str]:
     known = ("auto", "cluster", "wide", "mma", "general")
-    if unknown := [name for name in _names(text) if name not in known]:
+    names = _names(text)
+    if unknown := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
-    return _names(text)
+    return names
 
 
 def _refuse(text: str) -> int:

@@ -66,7 +66,7 @@ POLYLORA_HD constexpr int64_t plan_max_tiles(int64_t rows, int64_t groups, int64
 /// Tiles of short runs, and wide tiles of the others, at most.
 POLYLORA_HD constexpr int64_t plan_max_short_tiles(int64_t rows, int64_t groups) {
   static_assert(kShortRun <= kTileRows);  // a tile each
-  return min64(plan_max_tiles(rows, groups), plan_max_runs(rows, groups));
+  return plan_max_runs(rows, groups);
 }
 POLYLORA_HD constexpr int64_t plan_max_long_tiles(int64_t rows, int64_t groups) {
   return plan_max_tiles(rows, min64(groups, rows / (kShortRun + 1)), kWideTileRows);

@@ -128,22 +128,13 @@ cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
   if (e.vocab < 1 || task.max_tiles == 0 || task.units == 0) return cudaSuccess;  // A may be empty
   set_lookup(task, e);
   Device device;
+  WideClusters clusters{};
   cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
-  // the largest clusters of which the device holds one for each tile; st.async is illegal without a cluster
-  const int64_t tiles = divide_up(p.rows, kWideTileRows);
-  int parts = kMaxParts, clusters = 0;
-  for (;; --parts) {
-    error = resident_clusters<&embedding_wide<__nv_bfloat16>>(device, kThreads, kSmem, parts, clusters);
-    if (error != cudaSuccess) return error;
-    if (clusters >= tiles || parts == 2) break;
+  if (error == cudaSuccess) {  // two blocks at least: st.async is illegal without a cluster
+    error = largest_clusters<&embedding_wide<__nv_bfloat16>>(p, device, kThreads, kSmem, 2, kMaxParts, clusters);
   }
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));
-  shape.threads = kThreads;
-  shape.smem_bytes = kSmem;
-  shape.cluster = parts;
-  shape.overlap = true;
+  if (error != cudaSuccess) return error;
+  const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);
   return p.dtype == DType::kBFloat16 ? launch<&embedding_wide<__nv_bfloat16>>(device, shape, params, stream)
                                      : launch<&embedding_wide<__half>>(device, shape, params, stream);
 }

@@ -156,11 +156,7 @@ class SharedV {
   /// Bytes that block `part` is sent.
   __device__ __forceinline__ uint32_t bytes(int part, int row_groups) const {
     int columns = 32 * item_.blocks;
-    if (by_slice_) {
-      int s = 0;
-      while (part >= task_.first_part[s + 1]) ++s;
-      columns = StreamV::columns(item_.rank[s]);
-    }
+    if (by_slice_) columns = StreamV::columns(item_.rank[task_.slice_of_part(part)]);
     return static_cast<uint32_t>(columns * row_groups * SumUnits::kRows * 2);
   }
 

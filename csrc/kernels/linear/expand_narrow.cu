@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   const bool is_lookup = params.tokens.ids != nullptr;
   T* smem_v = reinterpret_cast<T*>(ptx::dynamic_smem());
   const int pitch = narrow_v_pitch(task.rank_cap);
-  int s = 0;
-  while (static_cast<int>(blockIdx.y) >= task.first_part[s + 1]) ++s;
+  const int s = task.slice_of_part(static_cast<int>(blockIdx.y));
   const LinearSlice& slice = task.slice[s];
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;

@@ -58,8 +58,8 @@ constexpr int64_t kManyAdapters = 16;
 
 // Whether the short runs of a call go to decode's kernels, and the others by `path`.
 bool splits_runs(const LoraParams& params, Path path) {
-  return !is_few(params) && !batch_invariant() && params.slices.groups >= kManyAdapters &&
-         (path == Path::kMma || (path == Path::kWide && !is_forced("wide"))) && narrow_shrink_serves(params);
+  return (path == Path::kMma || path == Path::kWide) && params.slices.groups >= kManyAdapters &&
+         narrow_shrink_serves(params) && !is_forced("wide") && !batch_invariant() && !is_few(params);
 }
 
 // Which paths serve a call.

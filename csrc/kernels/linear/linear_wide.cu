@@ -58,7 +58,7 @@ struct Stretch {
     }
     if (present == task.slices && task.first_part[present] == parts) {
       if (slice >= 0) return false;
-      for (slice = 0; part >= task.first_part[slice + 1];) ++slice;
+      slice = task.slice_of_part(part);
       const int own = task.first_part[slice + 1] - task.first_part[slice];
       const int index = part - task.first_part[slice];
       const int units = units_of(task, slice);
@@ -351,22 +351,14 @@ cudaError_t launch_wide(int rank_tiles, const Device& device, const LaunchShape&
 
 constexpr int kMaxParts = 16;
 
-// Parts of K, from the capacities of the call alone: the largest clusters of which the device holds one for each tile.
-cudaError_t parts_of_k(const LoraParams& p, const Device& device, int& parts) {
-  parts = 4;
-  if (batch_invariant()) return cudaSuccess;
-  const int64_t tiles = divide_up(p.rows, kWideTileRows);
-  const int64_t most = divide_up(p.k, kChunkK) / 2;
+// A cluster's blocks are the parts of K.
+cudaError_t clusters_of(const LoraParams& p, const Device& device, WideClusters& clusters) {
   // alone where a block's sums are v; else two that share the outputs, and st.async is illegal without a cluster
-  const int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
-  for (parts = static_cast<int>(most < least ? least : min64(most, kMaxParts)); parts > least; --parts) {
-    int clusters = 0;
-    const cudaError_t error =
-        resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
-    if (error != cudaSuccess) return error;
-    if (clusters >= tiles) break;
-  }
-  return cudaSuccess;
+  int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
+  const int64_t half_of_k = divide_up(p.k, kChunkK) / 2;
+  int most = half_of_k < least ? least : static_cast<int>(min64(half_of_k, kMaxParts));
+  if (batch_invariant()) least = most = 4;
+  return largest_clusters<&linear_wide<__nv_bfloat16, 1>>(p, device, kThreads, kSmem, least, most, clusters);
 }
 
 // Planes of v in scratch: one for each part, or one for the sums of more ranks than shared memory has room for.
@@ -379,10 +371,10 @@ int planes_of(const LoraParams& p, int parts) {
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   Device device;
-  int parts = 0;
+  WideClusters clusters{};
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = parts_of_k(p, device, parts);
-  bytes = plane_bytes(p, planes_of(p, parts));
+  if (error == cudaSuccess) error = clusters_of(p, device, clusters);
+  bytes = plane_bytes(p, planes_of(p, clusters.blocks));
   return error;
 }
 
@@ -390,23 +382,15 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   LinearTask task = wide_task(p);
   if (task.max_tiles == 0 || (p.y != nullptr && task.units == 0)) return cudaSuccess;
   Device device;
-  int parts = 0, clusters = 0;
+  WideClusters clusters{};
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = parts_of_k(p, device, parts);
-  if (error == cudaSuccess) {
-    error = resident_clusters<&linear_wide<__nv_bfloat16, 1>>(device, kThreads, kSmem, parts, clusters);
-  }
+  if (error == cudaSuccess) error = clusters_of(p, device, clusters);
   if (error != cudaSuccess) return error;
-  const int planes = planes_of(p, parts);
+  const int planes = planes_of(p, clusters.blocks);
   if (planes > 0) set_planes(task, p, planes);
   task.follows_own = p.plan.runs == Runs::kLong;
-  if (p.y != nullptr && parts >= task.slices) share_parts(task, parts);
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, clusters > 1 ? clusters : 1) * parts));
-  shape.threads = kThreads;
-  shape.smem_bytes = kSmem;
-  shape.cluster = parts;
-  shape.overlap = true;
+  if (p.y != nullptr && clusters.blocks >= task.slices) share_parts(task, clusters.blocks);
+  const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);
   const int tiles = expected_rank_tiles(p);
   return p.dtype == DType::kBFloat16 ? launch_wide<__nv_bfloat16>(tiles, device, shape, task, stream)
                                      : launch_wide<__half>(tiles, device, shape, task, stream);

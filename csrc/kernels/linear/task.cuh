@@ -62,6 +62,13 @@ struct LinearTask {
     while (s + 1 < slices && unit >= slice[s + 1].unit_begin) ++s;
     return s;
   }
+
+  /// The slice of a block, where each slice has blocks of its own.
+  __device__ __forceinline__ int slice_of_part(int part) const {
+    int s = 0;
+    while (part >= first_part[s + 1]) ++s;
+    return s;
+  }
 };
 
 struct Part {

@@ -48,12 +48,7 @@ class Lookup {
     if (whole_ && rank_ % 4 == 0) {  // alike in all threads
       four = *reinterpret_cast<const uint2*>(from + min(r, rank_ - 4));
     } else {
-      uint32_t bits[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bits[i] = from[min(r + i, rank_ - 1) * rank_stride_];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bits[i] = r + i < rank_ ? bits[i] : 0;
-      four = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+      four = {load_pair(from, r), load_pair(from, r + 2)};
     }
     return token < 0 || r >= rank_ ? uint2{0, 0} : four;
   }
@@ -68,11 +63,8 @@ class Lookup {
 #pragma unroll
       for (int i = 0; i < 4; ++i) pairs[i] = *reinterpret_cast<const uint32_t*>(from + min(first + 8 * i, rank_ - 2));
     } else {
-      uint32_t bits[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) bits[i] = from[min(first + i / 2 * 8 + i % 2, rank_ - 1) * rank_stride_];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = bits[2 * i] | (first + 8 * i + 1 < rank_ ? bits[2 * i + 1] << 16 : 0);
+      for (int i = 0; i < 4; ++i) pairs[i] = load_pair(from, first + 8 * i);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = token < 0 || first + 8 * i >= rank_ ? 0 : pairs[i];
@@ -80,6 +72,13 @@ class Lookup {
   }
 
  private:
+  // Ranks r and r + 1 of a token, wherever they lie.
+  __device__ __forceinline__ uint32_t load_pair(const uint16_t* from, int r) const {
+    const uint32_t low = from[min(r, rank_ - 1) * rank_stride_];
+    const uint32_t high = from[min(r + 1, rank_ - 1) * rank_stride_];
+    return (r < rank_ ? low : 0) | (r + 1 < rank_ ? high << 16 : 0);
+  }
+
   const uint16_t* a_;
   int64_t token_stride_, rank_stride_;
   int rank_;

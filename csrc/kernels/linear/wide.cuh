@@ -309,6 +309,36 @@ inline LinearTask wide_task(const LoraParams& p) {
   return task;
 }
 
+/// Clusters that take a wide tile each.
+struct WideClusters {
+  int blocks;  // of a cluster
+  int count;   // that the device holds
+};
+
+/// Of `least` to `most` blocks, from the capacities of the call alone: the largest clusters of kKernel of which the
+/// device holds one for each kWideTileRows rows.
+template <auto kKernel>
+cudaError_t largest_clusters(const LoraParams& p, const Device& device, int threads, int smem_bytes, int least,
+                             int most, WideClusters& found) {
+  const int64_t tiles = divide_up(p.rows, kWideTileRows);
+  for (found.blocks = most;; --found.blocks) {
+    const cudaError_t error = resident_clusters<kKernel>(device, threads, smem_bytes, found.blocks, found.count);
+    if (error != cudaSuccess || found.count >= tiles || found.blocks == least) return error;
+  }
+}
+
+/// The launch of clusters that take the task's tiles in turn.
+inline LaunchShape cluster_shape(const LinearTask& task, const WideClusters& clusters, int threads, int smem_bytes) {
+  const int64_t count = min64(task.max_tiles, clusters.count > 1 ? clusters.count : 1);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(count * clusters.blocks));
+  shape.threads = threads;
+  shape.smem_bytes = smem_bytes;
+  shape.cluster = clusters.blocks;
+  shape.overlap = true;
+  return shape;
+}
+
 /// Columns of a plane that are enough for any table.
 inline int64_t plane_width(int64_t v_width, int slices) {
   return divide_up(min64(v_width, int64_t{kMaxRank} * slices) + (kRankTile - 1) * slices, kRankTile) * kRankTile;
