@@ -49,7 +49,8 @@ PLAN_VERSION = 3
 TILE_ROWS = 16
 WIDE_TILE_ROWS = 128
 SHORT_RUN = 16
-SORT_ROWS = 8192
+SMALL_ROWS = 512
+ONE_LAUNCH_ROWS = 16384
 MAX_SLICES = 8
 
 
@@ -68,6 +69,8 @@ def plan_layout(rows: int, groups: int, pairs: int = 0) -> dict[str, int]:
     runs = min(rows, groups)
     tiles = min(rows, rows // TILE_ROWS + runs)
     wide_tiles = min(rows, rows // WIDE_TILE_ROWS + runs)
+    blocks = 16 if rows <= ONE_LAUNCH_ROWS else min(16 + rows // max(groups, 1), 128)
+    workspace = 8 * blocks + (blocks + 1) * round_up(groups, 4) if rows > SMALL_ROWS else 0
     sections = [
         ("row_group", rows),
         ("order", rows),
@@ -76,7 +79,7 @@ def plan_layout(rows: int, groups: int, pairs: int = 0) -> dict[str, int]:
         ("tile", 4 * tiles),
         ("pair_pos", pairs),
         ("wide_tile", 4 * wide_tiles),
-        ("workspace", groups if rows > SORT_ROWS else 0),
+        ("workspace", workspace),
     ]
     layout, at = {}, HEADER_WORDS
     for name, words in sections:

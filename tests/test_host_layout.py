@@ -24,7 +24,7 @@ def test_group_ids_that_are_no_groups():
     assert _host.NO_ROW == -2
 
 
-@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 1000, _host.PLAN_SORT_ROWS, _host.PLAN_SORT_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, _host.PLAN_SMALL_ROWS, 513, _host.PLAN_ONE_LAUNCH_ROWS, 16385])
 @pytest.mark.parametrize("groups", [1, 8, 4096])
 @pytest.mark.parametrize("pairs", [0, 33])
 def test_plan_sections_do_not_overlap(rows: int, groups: int, pairs: int):
@@ -41,7 +41,7 @@ def test_plan_sections_do_not_overlap(rows: int, groups: int, pairs: int):
         "tile": 4 * tiles,
         "pair_pos": pairs,
         "wide_tile": 4 * at["max_wide_tiles"],
-        "workspace": groups if rows > _host.PLAN_SORT_ROWS else 0,
+        "workspace": 16 * 8 + 17 * groups if rows > _host.PLAN_SMALL_ROWS else 0,
     }
     end = _host.PLAN_HEADER_WORDS
     for name, size in sizes.items():

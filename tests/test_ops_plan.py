@@ -36,12 +36,76 @@ def test_zero_groups_serve_no_row(device):
     run_plan([0, 1, -1], 0, device)
 
 
-@pytest.mark.parametrize("rows", [8191, 8192, 8193, 16384, 16385, 70001])
+@pytest.mark.parametrize("rows", [255, 511, 512, 513, 1024, 1025, 4096, 4097, 16384, 16385, 70001])
 @pytest.mark.parametrize("groups", [3, 257, 5000])
-def test_plans_at_and_above_the_single_launch_limit(device, rows, groups):
+def test_plans_at_and_above_the_limits_of_each_schedule(device, rows, groups):
     gen = torch.Generator().manual_seed(rows)
     ids = torch.randint(-2, groups + 1, (rows,), generator=gen).tolist()
     run_plan(ids, groups, device)
+
+
+def assert_same_plan(got: torch.Tensor, want: torch.Tensor, rows: int, groups: int, pairs: int = 0) -> None:
+    """Every section as far as a plan defines it, word for word: for plans that brute force takes too long for."""
+    at, header = ref.plan_layout(rows, groups, pairs), {name: int(want[word]) for name, word in ref.HEADER.items()}
+    sizes = {
+        "row_group": rows,
+        "order": header["active_rows"],
+        "run_group": header["runs"],
+        "run_start": header["runs"] + 1,
+        "tile": 4 * header["tiles"],
+        "wide_tile": 4 * header["wide_tiles"],
+        "pair_pos": pairs,
+    }
+    got = got.cpu()
+    assert torch.equal(got[:16], want[:16]), f"header: got {got[:16].tolist()}, want {want[:16].tolist()}"
+    for name, size in sizes.items():
+        first = at[name]
+        assert torch.equal(got[first : first + size], want[first : first + size]), name
+
+
+@pytest.mark.parametrize(
+    "rows, groups",
+    [
+        (400_000, 3),
+        (400_000, 2048),
+        (400_000, 32768),
+        (16384, 32768),
+        (300, 32768),
+        (5000, 200_000),  # more groups than shared memory counts
+        (8_500_000, 3),  # more rows in a block than 16 bits count
+        (200, 2**24 - 1),
+        (200, 2**24),
+    ],
+)
+def test_large_plans_are_those_of_the_cpu(device, rows, groups):
+    if device == "cpu":
+        pytest.skip("compares a GPU's plan with the CPU's")
+    gen = torch.Generator().manual_seed(rows + groups)
+    mixed = torch.randint(-2, groups + 1, (rows,), generator=gen, dtype=torch.int32)
+    skewed = torch.where(torch.rand(rows, generator=gen) < 0.9, groups // 2, mixed)
+    for ids in (mixed, skewed, torch.full_like(mixed, groups - 1), mixed.sort(descending=True).values):
+        assert_same_plan(plan_rows(ids.to(device), groups), plan_rows(ids, groups), rows, groups)
+
+
+@pytest.mark.parametrize("tokens, top_k, slots, experts", [(50_000, 8, 8, 512), (50_000, 8, 64, 512), (64, 8, 64, 512)])
+def test_large_moe_plans_are_those_of_the_cpu(device, tokens, top_k, slots, experts):
+    if device == "cpu":
+        pytest.skip("compares a GPU's plan with the CPU's")
+    gen = torch.Generator().manual_seed(tokens)
+    topk = torch.randint(-1, 2 * experts, (tokens, top_k), generator=gen, dtype=torch.int32)
+    token_slots = torch.randint(-1, slots, (tokens,), generator=gen, dtype=torch.int32)
+    expert_map = torch.arange(2 * experts, dtype=torch.int32).flip(0)
+    expert_map[expert_map >= experts] = -1
+    pairs, groups = tokens * top_k, slots * experts
+    row_map = torch.cat([torch.randperm(pairs, generator=gen), torch.full((pairs // 8,), -1)]).to(torch.int32)
+    row_map[::97] = 5  # one pair at many positions
+    for mapping in (None, row_map):
+        rows, mapped = (pairs, 0) if mapping is None else (len(mapping), pairs)
+        want, got = (ref.new_plan(rows, groups, mapped, device=where) for where in ("cpu", device))
+        ops.moe_plan(want, topk, token_slots, slots, experts, expert_map, mapping)
+        on_device = [t if t is None else t.to(device) for t in (topk, token_slots, expert_map, mapping)]
+        ops.moe_plan(got, on_device[0], on_device[1], slots, experts, on_device[2], on_device[3])
+        assert_same_plan(got, want, rows, groups, mapped)
 
 
 def test_many_rows_of_one_group_among_many_empty_groups(device):

@@ -52,7 +52,8 @@ void bind_layout(py::module_& m) {
   m.attr("K_TILE_ROWS") = kTileRows;
   m.attr("K_WIDE_TILE_ROWS") = kWideTileRows;
   m.attr("SHORT_RUN") = kShortRun;
-  m.attr("PLAN_SORT_ROWS") = kPlanSortRows;
+  m.attr("PLAN_SMALL_ROWS") = kPlanSmallRows;
+  m.attr("PLAN_ONE_LAUNCH_ROWS") = kPlanOneLaunchRows;
   m.attr("PLAN_VERSION") = static_cast<int32_t>(kPlanVersionValue);
   m.attr("PLAN_HEADER_WORDS") = static_cast<int32_t>(kPlanHeaderWords);
   py::dict header;

@@ -8,44 +8,14 @@
 #include <string>
 
 #include "check.h"
-#include "common/launch.cuh"
+#include "emulated.h"
 #include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/wide.cuh"
 #include "polylora/cpu.h"
-#include "reference.h"
-
-namespace polylora::cuda {
-bool batch_invariant() { return false; }
-}  // namespace polylora::cuda
 
 namespace polylora::testing {
 namespace {
-
-using emulator::GuardedBytes;
-
-/// Elements of a dtype in guarded memory, NaN until set.
-class Array {
- public:
-  Array(DType dtype, int64_t count) : dtype_(dtype), bytes_(new GuardedBytes(count * size_of(dtype))) {}
-
-  void set(int64_t at, double value) {
-    const uint32_t bits = encode(round_to(value, dtype_), dtype_);
-    std::memcpy(bytes_->data() + at * size_of(dtype_), &bits, static_cast<size_t>(size_of(dtype_)));
-  }
-  double get(int64_t at) const {
-    uint32_t bits = 0;
-    std::memcpy(&bits, bytes_->data() + at * size_of(dtype_), static_cast<size_t>(size_of(dtype_)));
-    return decode(bits, dtype_);
-  }
-  unsigned char* data() const { return bytes_->data(); }
-  std::vector<unsigned char> copy() const { return {data(), data() + bytes_->size()}; }
-  void restore(const std::vector<unsigned char>& from) { std::copy(from.begin(), from.end(), data()); }
-
- private:
-  DType dtype_;
-  std::unique_ptr<GuardedBytes> bytes_;
-};
 
 struct Shape {
   DType dtype = DType::kBFloat16;
@@ -121,10 +91,11 @@ class Problem {
         for (int64_t j = 0; j < entry.rank; ++j) {
           for (int64_t i = 0; i < shape.k; ++i) {
             const double spread = shape.lookup.empty() ? std::sqrt(static_cast<double>(shape.k)) : 1.0;
-            a_->set(a_at(entry, j, i), normal() / spread);
+            a_->set(a_at(entry, j, i), normal(random_) / spread);
           }
           for (int64_t i = 0; i < shape.widths[static_cast<size_t>(s)]; ++i) {
-            b_->set(entry.b_offset + i * entry.b_stride + j, normal() / std::sqrt(static_cast<double>(entry.rank)));
+            b_->set(entry.b_offset + i * entry.b_stride + j,
+                    normal(random_) / std::sqrt(static_cast<double>(entry.rank)));
           }
         }
       }
@@ -137,9 +108,9 @@ class Problem {
       std::memcpy(tokens_->data() + r * 8, &token, 8);
     }
     for (int64_t r = 0; r < shape.rows; ++r) {
-      for (int64_t i = 0; i < y_stride_; ++i) y_->set(r * y_stride_ + i, normal());
+      for (int64_t i = 0; i < y_stride_; ++i) y_->set(r * y_stride_ + i, normal(random_));
       if (ids_[static_cast<size_t>(r)] < 0 || ids_[static_cast<size_t>(r)] >= shape.groups) continue;  // x stays NaN
-      for (int64_t i = 0; i < shape.k; ++i) x_->set(r * x_stride_ + i, normal());
+      for (int64_t i = 0; i < shape.k; ++i) x_->set(r * x_stride_ + i, normal(random_));
     }
     const int64_t words = plan_layout(shape.rows, shape.groups, 0).words;
     plan_.reset(new GuardedBytes(words * 4));
@@ -241,7 +212,6 @@ class Problem {
   std::vector<unsigned char> check(const std::string& what) {
     Array before(shape_.dtype, shape_.rows * y_stride_);
     before.restore(y_before_);
-    const double unit = shape_.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
     for (int64_t r = 0; r < shape_.rows; ++r) {
       const int64_t group = ids_[static_cast<size_t>(r)];
       for (int64_t column = 0; column < y_stride_; ++column) {
@@ -267,7 +237,7 @@ class Problem {
                 "%s: row %lld column %lld changed", what.c_str(), (long long)r, (long long)column);
           continue;
         }
-        const double bound = unit * std::fabs(want) * 1.01 + 1.1 * unit * slack + 1e-7;
+        const double bound = rounding_error(shape_.dtype, want) + delta_error(shape_.dtype, slack);
         CHECK(std::fabs(got - want) <= bound, "%s: row %lld (group %lld) column %lld: got %g, want %g, base %g",
               what.c_str(), (long long)r, (long long)group, (long long)column, got, want, base);
       }
@@ -316,12 +286,6 @@ class Problem {
     if (shape_.ids == "segments") return static_cast<int32_t>(row * shape_.groups / shape_.rows);
     if (random_.chance(0.1)) return static_cast<int32_t>(shape_.groups + 5);
     return static_cast<int32_t>(random_.between(-1, shape_.groups - 1));
-  }
-
-  double normal() {
-    double sum = -6;
-    for (int i = 0; i < 12; ++i) sum += random_.uniform();
-    return sum;
   }
 
   void make_plan(const std::vector<int32_t>& ids, const GuardedBytes& plan) {
@@ -459,14 +423,7 @@ cudaError_t narrow_lookup(Problem& problem) { return cuda::embedding_narrow_path
 
 void run(const std::string& what, Path path, const Shape& shape, int runs = 2) {
   Problem problem(shape, std::hash<std::string>()(what));
-  std::vector<unsigned char> first;
-  for (int i = 0; i < runs; ++i) {
-    problem.spoil(static_cast<uint64_t>(i + 1), i % 2 == 1);
-    CHECK(path(problem) == cudaSuccess, "%s", what.c_str());
-    const auto bits = problem.check(what + (i % 2 == 1 ? ", stale before" : ""));
-    if (i == 0) first = bits;
-    CHECK(bits == first, "%s: other bits in run %d", what.c_str(), i);
-  }
+  check_runs(what, path, problem, runs);
 }
 
 // What every path must get right, at small sizes.

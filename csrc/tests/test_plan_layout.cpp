@@ -23,7 +23,7 @@ void check_sections(int64_t rows, int64_t groups, int64_t pairs) {
                                                              {at.tile, tiles * kTileWords},
                                                              {at.pair_pos, pairs},
                                                              {at.wide_tile, wide_tiles * kTileWords},
-                                                             {at.workspace, rows > kPlanSortRows ? groups : 0}};
+                                                             {at.workspace, plan_workspace(rows, groups)}};
   for (size_t i = 0; i < sections.size(); ++i) {
     const int64_t end = i + 1 < sections.size() ? sections[i + 1].first : at.words;
     CHECK(sections[i].first % 4 == 0, "section %zu at word %lld", i, static_cast<long long>(sections[i].first));
@@ -31,6 +31,16 @@ void check_sections(int64_t rows, int64_t groups, int64_t pairs) {
           static_cast<long long>(rows), static_cast<long long>(groups), static_cast<long long>(pairs));
   }
   CHECK(at.words % 4 == 0, "words %lld", static_cast<long long>(at.words));
+}
+
+/// Linear in rows plus groups, and none where one block compares all rows.
+void check_workspace(int64_t rows, int64_t groups) {
+  const int64_t words = plan_workspace(rows, groups);
+  CHECK((words == 0) == (rows <= kPlanSmallRows), "workspace of rows %lld groups %lld: %lld words",
+        static_cast<long long>(rows), static_cast<long long>(groups), static_cast<long long>(words));
+  CHECK(words <= rows + 18 * round_up4(groups) + 128 * kPlanBlockWords + 128 * 4,
+        "workspace of rows %lld groups %lld: %lld words", static_cast<long long>(rows), static_cast<long long>(groups),
+        static_cast<long long>(words));
 }
 
 /// Most runs and tiles any distribution of at most `rows` rows over `groups` groups makes.
@@ -102,8 +112,12 @@ int main() {
       for (int64_t pairs : {0, 1, 2, 3, 4, 5, 31, 32, 33}) check_sections(rows, groups, pairs);
     }
   }
-  for (int64_t rows : {kPlanSortRows - 1, kPlanSortRows, kPlanSortRows + 1, int64_t{1} << 24}) {
-    for (int64_t groups : {int64_t{1}, int64_t{257}, int64_t{1} << 20}) check_sections(rows, groups, rows);
+  for (int64_t rows : {kPlanSmallRows, kPlanSmallRows + 1, kPlanOneLaunchRows, kPlanOneLaunchRows + 1, int64_t{400000},
+                       int64_t{1} << 24}) {
+    for (int64_t groups : {0, 1, 257, 32768, 1 << 20}) {
+      check_sections(rows, groups, rows);
+      check_workspace(rows, groups);
+    }
   }
   for (int64_t groups = 0; groups <= 12; ++groups) check_capacities(100, groups);
   check_view();

@@ -48,8 +48,11 @@ inline constexpr int32_t kWideTileRows = 128;
 /// mostly empty, decode's kernels would read the weights of a long run again for every few rows.
 inline constexpr int32_t kShortRun = kTileRows;
 
-/// Rows up to which one block sorts the whole plan without a workspace.
-inline constexpr int64_t kPlanSortRows = 8192;
+/// Rows up to which one block makes the plan by comparing them all, without a workspace.
+inline constexpr int64_t kPlanSmallRows = 512;
+
+/// Rows up to which one launch makes the plan.
+inline constexpr int64_t kPlanOneLaunchRows = 16384;
 
 POLYLORA_HD constexpr int64_t round_up4(int64_t n) { return (n + 3) / 4 * 4; }
 POLYLORA_HD constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -72,6 +75,22 @@ POLYLORA_HD constexpr int64_t plan_max_long_tiles(int64_t rows, int64_t groups) 
   return plan_max_tiles(rows, min64(groups, rows / (kShortRun + 1)), kWideTileRows);
 }
 
+/// Blocks that the workspace has room for: each counts its rows by group. Their number times the groups stays below
+/// rows + 17 * groups.
+POLYLORA_HD constexpr int64_t plan_max_blocks(int64_t rows, int64_t groups) {
+  return rows <= kPlanOneLaunchRows ? 16 : min64(16 + rows / (groups > 0 ? groups : 1), 128);
+}
+
+/// What a block of the plan's kernels tells the others: words of its own in the workspace, before the counts.
+inline constexpr int64_t kPlanBlockWords = 8;
+
+/// Words of the workspace: a count of each group for every block, and for all of them together.
+POLYLORA_HD constexpr int64_t plan_workspace(int64_t rows, int64_t groups) {
+  if (rows <= kPlanSmallRows) return 0;
+  const int64_t blocks = plan_max_blocks(rows, groups);
+  return blocks * kPlanBlockWords + (blocks + 1) * round_up4(groups);
+}
+
 /// Up to kTileRows or kWideTileRows rows of one run: all a block must know, in one 16-byte load.
 struct alignas(16) Tile {
   int32_t group;
@@ -91,7 +110,7 @@ struct PlanLayout {
   int64_t tile;       // [max_tiles]  of struct Tile; those of short runs first
   int64_t pair_pos;   // [pairs]      MoE with a row map: position of a pair in the map, or -1
   int64_t wide_tile;  // [max_wide_tiles] of struct Tile; those of short runs last
-  int64_t workspace;  // [groups]     above kPlanSortRows rows only
+  int64_t workspace;  // [plan_workspace(rows, groups)]
   int64_t words;      // total
 };
 
@@ -113,7 +132,7 @@ POLYLORA_HD constexpr PlanLayout plan_layout(int64_t rows, int64_t groups, int64
   layout.wide_tile = at;
   at += plan_max_tiles(rows, groups, kWideTileRows) * kTileWords;
   layout.workspace = at;
-  at += rows > kPlanSortRows ? round_up4(groups) : 0;
+  at += plan_workspace(rows, groups);
   layout.words = at;
   return layout;
 }

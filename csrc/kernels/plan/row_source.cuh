@@ -5,7 +5,7 @@
 
 namespace polylora::cuda {
 
-/// Rows of a dense or an MoE plan. One type for both, so that the sort is compiled once.
+/// Rows of a dense or an MoE plan. One type for both, so that the kernels are compiled once.
 struct RowSource {
   MoePlanParams p;  // dense: topk_ids = group ids, and nothing else but rows and plan
   int64_t groups;
@@ -21,46 +21,80 @@ struct RowSource {
   }
   static RowSource moe(const MoePlanParams& p) { return {p, int64_t{p.slots} * p.experts, true}; }
 
-  /// Group of `row`, kNoAdapter or kNoRow; sets `invalid` when an id was out of range.
-  __device__ __forceinline__ int32_t group(int64_t row, bool& invalid) const {
+  /// Groups of the rows `first`, `first` + kApart, ...; of those from `end` on, something below 0. Adds up the ids that
+  /// are out of range. A latency a step, not a row: what the rows of a thread read does not wait for each other, and a
+  /// slot does not wait for its expert.
+  template <int kApart, int kRows>
+  __device__ __forceinline__ void load(int64_t first, int64_t end, int32_t (&group)[kRows], int32_t& invalid) const {
+    int32_t pair[kRows], id[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      pair[i] = first + kApart * i < end ? static_cast<int32_t>(first + kApart * i) : kNone;
     if (!is_moe) {
-      const int64_t id = load_id(row);
-      if (id >= 0 && id < groups) return static_cast<int32_t>(id);
-      invalid = id != kNoAdapter;
-      return kNoAdapter;
+      load_ids(pair, groups, id);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        invalid += id[i] == kOutOfRange;
+        group[i] = id[i] >= 0 ? id[i] : kNoAdapter;
+      }
+      return;
     }
-    int64_t pair = row;
     if (p.row_map) {
-      pair = p.row_map[row];
-      if (pair < 0 || pair >= p.pairs) {
-        invalid = pair != -1;
-        return kNoRow;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (pair[i] >= 0) pair[i] = checked(p.row_map[pair[i]], p.pairs);
       }
     }
-    int64_t expert = load_id(pair);
-    if (expert < 0 || expert >= p.global_experts) {
-      invalid = expert != -1;
-      return kNoRow;
+    load_ids(pair, p.global_experts, id);
+    int32_t slot[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const uint32_t token = static_cast<uint32_t>(pair[i]) / static_cast<uint32_t>(p.top_k);
+      slot[i] = pair[i] >= 0 ? p.token_slots[token] : kNone;
     }
     if (p.expert_map) {
-      expert = p.expert_map[expert];
-      if (expert < 0 || expert >= p.experts) {
-        invalid = expert != -1;
-        return kNoRow;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (id[i] >= 0) id[i] = checked(p.expert_map[id[i]], p.experts);
       }
     }
-    const int32_t slot = p.token_slots[pair / p.top_k];
-    if (slot < 0 || slot >= p.slots) {
-      invalid = slot != kNoAdapter;
-      return kNoAdapter;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t in_slots = checked(slot[i], p.slots);
+      const int32_t expert = pair[i] >= 0 ? id[i] : pair[i];  // the first that is out of range counts
+      const int32_t judged = expert >= 0 ? in_slots : expert;
+      invalid += judged == kOutOfRange;
+      group[i] = expert < 0     ? kNoRow
+                 : in_slots < 0 ? kNoAdapter
+                                : static_cast<int32_t>(moe_group(in_slots, expert, p.experts));
     }
-    return static_cast<int32_t>(moe_group(slot, expert, p.experts));
   }
 
  private:
-  __device__ __forceinline__ int64_t load_id(int64_t i) const {
-    return p.ids_are_int64 ? static_cast<const int64_t*>(p.topk_ids)[i]
-                           : int64_t{static_cast<const int32_t*>(p.topk_ids)[i]};
+  // What an id is that names nothing: -1, or out of range.
+  static constexpr int32_t kNone = -1, kOutOfRange = -2;
+
+  template <typename Id>
+  __device__ __forceinline__ static int32_t checked(Id id, int64_t limit) {
+    if (id >= 0 && id < limit) return static_cast<int32_t>(id);
+    return id == -1 ? kNone : kOutOfRange;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void load_ids(const int32_t (&at)[kRows], int64_t limit, int32_t (&id)[kRows]) const {
+    if (p.ids_are_int64) {
+      load_ids_of<int64_t>(at, limit, id);
+    } else {
+      load_ids_of<int32_t>(at, limit, id);
+    }
+  }
+  template <typename Id, int kRows>
+  __device__ __forceinline__ void load_ids_of(const int32_t (&at)[kRows], int64_t limit, int32_t (&id)[kRows]) const {
+    Id read[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) read[i] = at[i] >= 0 ? static_cast<const Id*>(p.topk_ids)[at[i]] : Id{kNone};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) id[i] = checked(read[i], limit);
   }
 };
 

@@ -51,6 +51,8 @@ struct Machine {
   Cluster* cluster = nullptr;
   const std::function<void()>* kernel = nullptr;
   bool previous_ended = false;
+  bool previous_lingers = false;  // until nothing else can run
+  uint32_t previous_end = 0;      // what griddepcontrol.wait waits for
   std::vector<Thread*> ready;
   std::unordered_map<const uint32_t*, std::vector<Thread*>> waiting;
   std::vector<void*> stacks;
@@ -126,6 +128,13 @@ void resume(Thread& thread) {
   machine.current = nullptr;
 }
 
+void end_previous_grid() {
+  if (machine.previous_ended) return;
+  machine.previous_ended = true;
+  if (machine.options.previous_grid) machine.options.previous_grid();
+  advance(machine.previous_end);
+}
+
 void run_copy(Copy& copy) {
   if (copy.done) return;
   copy.done = true;
@@ -199,6 +208,8 @@ void run_cluster(const Launch& launch, unsigned index) {
         }
       }
       resume(*thread);
+    } else if (!machine.waiting[&machine.previous_end].empty()) {
+      end_previous_grid();
     } else {
       std::printf("emulator: deadlock in cluster %u: %d threads wait for what never comes\n", index, cluster.alive);
       for (auto& thread : cluster.threads) {
@@ -236,6 +247,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   machine.kernel = &kernel;
   machine.random = testing::Random(machine.options.seed);
   machine.previous_ended = false;
+  if (machine.options.grid_begins) machine.options.grid_begins();
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   if (blocks % static_cast<unsigned>(launch.cluster) != 0 ||
       launch.grid.x % static_cast<unsigned>(launch.cluster) != 0) {
@@ -246,8 +258,9 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   std::vector<unsigned> order(blocks / static_cast<unsigned>(launch.cluster));
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[machine.random.bits() % i]);
+  machine.previous_lingers = machine.random.chance(0.5);
   for (unsigned index : order) run_cluster(launch, index);
-  if (!machine.previous_ended) previous_grid_ended();  // no block waited: the next kernel sees its writes all the same
+  end_previous_grid();  // no block waited: the next kernel sees its writes all the same
 }
 
 void wait_until_changed(const uint32_t& counter, uint32_t value) {
@@ -267,8 +280,8 @@ void advance(uint32_t& counter) {
 
 void previous_grid_ended() {
   if (machine.previous_ended) return;
-  machine.previous_ended = true;
-  if (machine.options.previous_grid) machine.options.previous_grid();
+  if (machine.previous_lingers) return wait_until_changed(machine.previous_end, machine.previous_end);
+  end_previous_grid();
 }
 
 int sync_threads_or(int value) {
@@ -322,3 +335,8 @@ GuardedBytes::GuardedBytes(int64_t bytes, unsigned char fill) : bytes_(bytes) {
 GuardedBytes::~GuardedBytes() { munmap(mapping_, mapped_); }
 
 }  // namespace polylora::emulator
+
+// The dispatchers are host code that launches for CUDA: they are not part of the emulation, their switches are.
+namespace polylora::cuda {
+bool batch_invariant() { return false; }
+}  // namespace polylora::cuda

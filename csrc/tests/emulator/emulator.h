@@ -100,7 +100,9 @@ struct Launch {
 /// What a test sets before it calls a launcher.
 struct Options {
   uint64_t seed = 1;
-  std::function<void()> previous_grid;  // what the grid before writes; runs at the first griddepcontrol.wait
+  // what the grid before writes; runs at the first griddepcontrol.wait, or once all threads of the first cluster wait
+  std::function<void()> previous_grid;
+  std::function<void()> grid_begins;  // runs before the first block of every grid
 };
 Options& options();
 
@@ -243,3 +245,39 @@ inline T max(T a, T b) {
 }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 inline void __trap() { std::abort(); }
+
+// ---- what the plan's kernels need beside: votes, reductions over a warp, atomics (fibers switch at none of them)
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return polylora::emulator::warp_wide<unsigned>(value, [](const bool* const* in, unsigned* const* out) {
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= unsigned{*in[i]} << i;
+    for (int i = 0; i < 32; ++i) *out[i] = votes;
+  });
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  return polylora::emulator::warp_wide<int>(value, [](const int* const* in, int* const* out) {
+    int most = *in[0];
+    for (int i = 1; i < 32; ++i) most = max(most, *in[i]);
+    for (int i = 0; i < 32; ++i) *out[i] = most;
+  });
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return polylora::emulator::warp_wide<int>(value, [](const int* const* in, int* const* out) {
+    int sum = 0;
+    for (int i = 0; i < 32; ++i) sum += *in[i];
+    for (int i = 0; i < 32; ++i) *out[i] = sum;
+  });
+}
+template <typename T>
+inline T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to = before + value;
+  return before;
+}
+template <typename T>
+inline T atomicMax(T* to, T value) {
+  const T before = *to;
+  *to = max(before, value);
+  return before;
+}

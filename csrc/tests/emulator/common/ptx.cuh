@@ -55,6 +55,9 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   for (int i = 0; i < 4; ++i) d[i] = result.d[i];
 }
 
+inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.f / x; }
+
 inline void load_matrices(uint32_t (&m)[4], const void* smem_row) {
   struct Result {
     uint32_t m[4];
