@@ -294,6 +294,59 @@ def test_reduce_adds_in_ascending_order_of_a_tokens_experts(device, dtype, path,
     ref.assert_same_bits("sums", out, torch.full((5, 40), 2.0**-10, dtype=dtype))
 
 
+# -------------------------------------------------------------------------------------------- streams of weights
+
+STREAM_SHAPES = pytest.mark.parametrize(
+    "k, width, ranks",
+    [(64, 64, (16,)), (328, 136, (4, 8, 16, 24)), (512, 256, (8, 32)), (200, 72, (64, 5)), (1024, 520, (128, 16)),
+     (128, 40, (256, 1))],
+    ids=["one_chunk", "odd_chunks", "r32", "r64", "r128", "r256"],
+)  # fmt: skip
+
+
+@ORDER
+@GATED
+@STREAM_SHAPES
+@pytest.mark.parametrize("tokens", [1, 29])
+def test_streams_of_gate_up_weights(device, dtype, path, tokens, gated, interleaved, k, width, ranks, row_map):
+    case = make_moe_case(device, dtype, tokens=tokens, row_map=row_map, block=16, seed=tokens)
+    shape = {"k": k, "width": width, "ranks": ranks, "aligned": True, "gated": gated, "interleaved": interleaved}
+    run_act(case, make_moe_half(case, down=False, **shape), "silu" if gated else "relu2")
+    run_gate_up(case, make_moe_half(case, down=False, **shape))
+
+
+@ORDER
+@STREAM_SHAPES
+@pytest.mark.parametrize("tokens, top_k, experts", [(1, 4, 8), (29, 4, 8), (300, 4, 8), (70, 22, 24), (9, 40, 48)],
+                         ids=["one", "few", "long_runs", "many_pairs", "top_40"])  # fmt: skip
+def test_streams_of_down_weights(device, dtype, path, tokens, top_k, experts, k, width, ranks, row_map):
+    """Up to 1024 pairs each token reads its own, above them groups do; more than 32 pairs a token are no few either."""
+    case = make_moe_case(
+        device, dtype, tokens=tokens, top_k=top_k, experts=experts, row_map=row_map, block=16, seed=tokens
+    )
+    half = make_moe_half(case, down=True, weighted=False, k=k, width=width, ranks=ranks, aligned=True)
+    run_reduce(case, half, y2_weighted=False)
+    if tokens < 100:
+        run_down(case, make_moe_half(case, down=True, k=k, width=width, ranks=ranks, aligned=True))
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_long_runs_of_one_expert(device, dtype, path, tokens):
+    """All pairs of a slot in one group: tiles of 16 rows, many a run."""
+    case = make_moe_case(device, dtype, tokens=tokens, top_k=2, slots=2, experts=1, no_expert=0.0)
+    shape = {"k": 256, "width": 96, "ranks": (16,), "aligned": True}
+    run_act(case, make_moe_half(case, down=False, **shape), "silu")
+    run_reduce(case, make_moe_half(case, down=True, weighted=False, **shape), y2_weighted=False)
+
+
+@ORDER
+def test_streams_keep_their_order_with_batch_invariance(device, dtype, path, batch_invariant, row_map):
+    case = make_moe_case(device, dtype, tokens=40, row_map=row_map, block=16)
+    shape = {"k": 512, "width": 128, "ranks": (16,), "aligned": True}
+    run_act(case, make_moe_half(case, down=False, **shape), "silu")
+    run_reduce(case, make_moe_half(case, down=True, weighted=False, **shape), y2_weighted=False)
+
+
 # -------------------------------------------------------------------------------------------- like real models
 
 

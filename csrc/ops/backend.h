@@ -37,17 +37,31 @@ struct CpuBackend {
   void expand(const LoraParams& p) const { cpu::expand(p, parallel_for); }
   int64_t shrink_scratch(const LoraParams&) const { return 0; }
   int64_t linear_scratch(const LoraParams& p) const { return p.rows * p.v_width * int64_t{sizeof(float)}; }
-  void linear(const LoraParams& p) const {
+  void linear(const LoraParams& p) const { cpu::expand(shrunk(p), parallel_for); }
+  int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
+  void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
+  int64_t gate_up_act_scratch(const GateUpActParams& g) const { return linear_scratch(g.lora); }
+  void gate_up_act(const GateUpActParams& g) const {
+    GateUpActParams with_v = g;
+    with_v.lora = shrunk(g.lora);
+    cpu::gate_up_act(with_v, parallel_for);
+  }
+  int64_t down_reduce_scratch(const DownReduceParams& d) const { return linear_scratch(d.lora); }
+  void down_reduce(const DownReduceParams& d) const {
+    DownReduceParams with_v = d;
+    with_v.lora = shrunk(d.lora);
+    cpu::down_reduce(with_v, parallel_for);
+  }
+
+ private:
+  // With v in the call's scratch.
+  static LoraParams shrunk(const LoraParams& p) {
     LoraParams with_v = p;
     with_v.v = static_cast<float*>(p.scratch);
     with_v.v_stride = p.v_width;
-    cpu::shrink(with_v, parallel_for);
-    cpu::expand(with_v, parallel_for);
+    if (p.rows > 0 && p.slices.groups > 0 && p.plan.header[kPlanRuns] > 0) cpu::shrink(with_v, parallel_for);
+    return with_v;
   }
-  int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
-  void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
-  void gate_up_act(const GateUpActParams& p) const { cpu::gate_up_act(p, parallel_for); }
-  void down_reduce(const DownReduceParams& p) const { cpu::down_reduce(p, parallel_for); }
 };
 
 #ifdef POLYLORA_WITH_CUDA
@@ -87,7 +101,17 @@ class CudaBackend {
     return bytes;
   }
   void embedding(const EmbeddingParams& p) const { check("embedding", cuda::embedding(p, stream_)); }
+  int64_t gate_up_act_scratch(const GateUpActParams& p) const {
+    int64_t bytes = 0;
+    check("gate_up_act", cuda::gate_up_act_scratch(p, bytes));
+    return bytes;
+  }
   void gate_up_act(const GateUpActParams& p) const { check("gate_up_act", cuda::gate_up_act(p, stream_)); }
+  int64_t down_reduce_scratch(const DownReduceParams& p) const {
+    int64_t bytes = 0;
+    check("down_reduce", cuda::down_reduce_scratch(p, bytes));
+    return bytes;
+  }
   void down_reduce(const DownReduceParams& p) const { check("down_reduce", cuda::down_reduce(p, stream_)); }
 
  private:

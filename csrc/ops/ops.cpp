@@ -178,16 +178,6 @@ bool adds_something(const Checker& check, const Tensor& like, const LoraParams& 
   return p.plan.header[kPlanRuns] > 0;
 }
 
-// The intermediate of an op that allocates it itself.
-Tensor scratch_v(const Checker& check, LoraParams& p, const Tensor& like, int64_t v_width) {
-  check.range("v_width", v_width, 0, kMaxInt32);
-  Tensor v = empty_bytes(p.rows * v_width * int64_t{sizeof(float)}, like);
-  p.v = static_cast<float*>(v.data_ptr());
-  p.v_stride = v_width;
-  p.v_width = static_cast<int32_t>(v_width);
-  return v;
-}
-
 // Working memory of `bytes` for one call, or nothing.
 OptionalTensor scratch(LoraParams& p, const Tensor& like, int64_t bytes) {
   if (bytes == 0) return std::nullopt;
@@ -470,10 +460,12 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   p.h_stride = Checker::pitch(h);
   p.alpha = static_cast<float>(alpha);
   p.limit = static_cast<float>(limit);
-  const Tensor v = scratch_v(check, p.lora, h, v_width);
+  check.range("v_width", v_width, 0, kMaxInt32);
+  p.lora.v_width = static_cast<int32_t>(v_width);
   if (p.lora.rows == 0 || set.width[0] == 0) return;
+  adds_something(check, h, p.lora);  // for its checks: rows without an adapter are written, too
   const Backend backend(h);
-  if (adds_something(check, h, p.lora)) run_shrink(backend, p.lora, h);
+  const OptionalTensor memory = scratch(p.lora, h, backend.gate_up_act_scratch(p));
   backend.gate_up_act(p);
 }
 
@@ -494,10 +486,12 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   p.out = out.data_ptr();
   p.out_stride = Checker::pitch(out);
   p.y_weighted = y2_weighted;
-  const Tensor v = scratch_v(check, p.lora, out, v_width);
+  check.range("v_width", v_width, 0, kMaxInt32);
+  p.lora.v_width = static_cast<int32_t>(v_width);
   if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
+  adds_something(check, out, p.lora);  // for its checks: tokens without an adapter are written, too
   const Backend backend(out);
-  if (adds_something(check, out, p.lora)) run_shrink(backend, p.lora, out);
+  const OptionalTensor memory = scratch(p.lora, out, backend.down_reduce_scratch(p));
   backend.down_reduce(p);
 }
 

@@ -22,11 +22,14 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream);
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t embedding_scratch(const EmbeddingParams& params, int64_t& bytes);  // of params.lora.scratch
+cudaError_t gate_up_act_scratch(const GateUpActParams& params, int64_t& bytes);
+cudaError_t down_reduce_scratch(const DownReduceParams& params, int64_t& bytes);
 
 /// Looks A up by token id and expands.
 cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream);
 
-cudaError_t gate_up_act(const GateUpActParams& params, cudaStream_t stream);   // v given
-cudaError_t down_reduce(const DownReduceParams& params, cudaStream_t stream);  // v given
+/// The fused seams of MoE, shrink and expand included.
+cudaError_t gate_up_act(const GateUpActParams& params, cudaStream_t stream);
+cudaError_t down_reduce(const DownReduceParams& params, cudaStream_t stream);
 
 }  // namespace polylora::cuda

@@ -138,7 +138,7 @@ struct LoraParams {
   int32_t x_div;            // 0: row p reads x row p. Else it reads x row pair(p) / x_div: MoE gate/up, x_div = top_k
   void* y;                  // [rows, ...], row pitch y_stride
   int64_t y_stride;         //
-  float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T; not of linear
+  float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T; of shrink and expand alone
   int64_t v_stride;         //
   int32_t v_width;          //
   void* scratch;            // [bytes as *_scratch says], 16-byte aligned

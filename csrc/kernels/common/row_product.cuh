@@ -26,9 +26,11 @@ template <typename T>
 __device__ __forceinline__ float row_times_b(const LoraParams& p, const SliceEntry& entry, int slice, int64_t n,
                                              const float (&smem_v)[kMaxRank]) {
   const T* b = static_cast<const T*>(p.slices.b[slice]) + entry.b_offset + n * entry.b_stride;
-  float sum = 0.f;
-  for (int j = 0; j < entry.rank; ++j) sum = fmaf(smem_v[j], to_float(b[j]), sum);
-  return sum;
+  // four sums, as errors grow with the length of one
+  float sum[4] = {};
+#pragma unroll 4
+  for (int j = 0; j < entry.rank; ++j) sum[j % 4] = fmaf(smem_v[j], to_float(b[j]), sum[j % 4]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 }  // namespace polylora::cuda

@@ -8,32 +8,23 @@
 //
 // shrink on its own and embedding know wide, mma and general; expand mma and general.
 //
-// POLYLORA_PATH forces one (an error where it does not serve the call; for the halves and embedding, which have fewer,
-// the next in the list that they have); POLYLORA_BATCH_INVARIANT=1 takes one whose order of sums is the same for all
-// batch sizes. Both are read at every call.
-#include <cstdlib>
-#include <cstring>
-
+// POLYLORA_PATH forces one (common/choose.h); POLYLORA_BATCH_INVARIANT=1 takes one whose order of sums is the same for
+// all batch sizes. Both are read at every call. Halves of MoE: moe/moe.cu.
+#include "common/choose.h"
 #include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/wide.cuh"
+#include "moe/paths.h"
 #include "polylora/cuda.h"
 
 namespace polylora::cuda {
 namespace {
-
-bool is_set(const char* text, const char* value) { return text && strcmp(text, value) == 0; }
 
 // Decode with as many bytes of weights as this is a stream, which two launches of independent blocks bring faster than
 // clusters, whose blocks wait for each other. H100, 32 adapters of rank 64, 64 rows, cluster and mma in us: 75 MB of
 // qkv 32.1 and 32.9, 75 MB of down 35.4 and 32.6, 84 MB of qkvz 39.8 and 35.5; 38 MB (16 rows) of qkv 18.7 and
 // 19.0, of down 19.7 and 19.2, 42 MB of qkvz 21.1 and 20.4.
 constexpr int64_t kHeavyBytes = int64_t{32} << 20;
-
-enum class Path { kCluster, kWide, kMma, kGeneral };
-constexpr const char* kNames[] = {"cluster", "wide", "mma", "general"};
-
-bool is_forced(const char* path) { return is_set(getenv("POLYLORA_PATH"), path); }
 
 // Rows up to which decode's kernels take all of a batch of many adapters.
 constexpr int64_t kMostDecodeRows = 1024;
@@ -60,37 +51,6 @@ constexpr int64_t kManyAdapters = 16;
 bool splits_runs(const LoraParams& params, Path path) {
   return (path == Path::kMma || path == Path::kWide) && params.slices.groups >= kManyAdapters &&
          narrow_shrink_serves(params) && !is_forced("wide") && !batch_invariant() && !is_few(params);
-}
-
-// Which paths serve a call.
-struct Served {
-  bool path[4];
-};
-
-// `has`: the paths that the op has at all. `first_choice`: the fastest one for the call.
-cudaError_t choose(Served serves, Served has, Path& path, Path first_choice = Path::kCluster) {
-  Device device;
-  const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
-  const bool able[] = {device.major >= 9, device.major == 9 && POLYLORA_COMPILED_90A, device.major >= 8, true};
-  const char* name = getenv("POLYLORA_PATH");
-  const bool forced = name != nullptr && *name != 0;
-  int first = static_cast<int>(first_choice);
-  if (forced) {
-    for (first = 0; first < 4 && !is_set(name, kNames[first]);) ++first;
-    if (first == 4) return cudaErrorInvalidValue;
-    if (!has.path[first]) {
-      while (!has.path[first] || !able[first]) ++first;
-    }
-  }
-  for (int i = first; i < 4; ++i) {
-    if (has.path[i] && serves.path[i] && able[i]) {
-      path = static_cast<Path>(i);
-      return cudaSuccess;
-    }
-    if (forced) break;
-  }
-  return cudaErrorNotSupported;
 }
 
 cudaError_t choose_linear(const LoraParams& params, Path& path) {
@@ -191,6 +151,7 @@ bool batch_invariant() { return is_set(getenv("POLYLORA_BATCH_INVARIANT"), "1");
 cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
   bytes = 0;
   if (adds_nothing(params)) return cudaSuccess;
+  if (is_moe(params)) return moe_scratch(params, bytes);
   Path path;
   cudaError_t error = choose_linear(params, path);
   if (error != cudaSuccess) return error;
@@ -204,6 +165,7 @@ cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes) {
 
 cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
   if (adds_nothing(params)) return cudaSuccess;
+  if (is_moe(params)) return moe_linear(params, stream);
   Path path;
   cudaError_t error = choose_linear(params, path);
   if (error != cudaSuccess) return error;

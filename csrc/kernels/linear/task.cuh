@@ -9,6 +9,7 @@ namespace polylora::cuda {
 
 inline constexpr int kUnitN = 64;     // outputs of a unit, in which those of wide tiles are shared
 inline constexpr int kRankTile = 16;  // ranks of two mma
+inline constexpr int kChunkK = 64;    // elements of K in a stage: 128 bytes a row
 
 // The call, as small as it can be: a block's first reads of its parameters miss every cache.
 struct LinearSlice {
@@ -71,6 +72,10 @@ struct LinearTask {
   }
 };
 
+/// Where 16-byte piece `piece` of row `row` of a stage lies, in bytes: the 128-byte swizzle of the tensor cores' own
+/// layouts, free of bank conflicts for ldmatrix, too.
+__device__ __forceinline__ int piece_at(int row, int piece) { return row * kChunkK * 2 + ((piece ^ (row & 7)) << 4); }
+
 struct Part {
   int begin, end;
 };
@@ -88,6 +93,11 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t even_rank(const LoraParams& p) {
   const int64_t rank = divide_up(p.v_width, p.slices.count);
   return rank < 1 ? 1 : rank;
+}
+
+/// Columns of a plane that are enough for any table.
+inline int64_t plane_width(int64_t v_width, int slices) {
+  return divide_up(min64(v_width, int64_t{kMaxRank} * slices) + (kRankTile - 1) * slices, kRankTile) * kRankTile;
 }
 
 /// The fields that all kernels of linear fill alike.

@@ -5,7 +5,6 @@
 
 namespace polylora::cuda {
 
-inline constexpr int kChunkK = 64;  // elements of K in a stage: 128 bytes a row
 inline constexpr int kMaxRankTiles = kMaxSlices * kMaxRank / kRankTile;
 inline constexpr int kMaxBlocks = 8;  // of 32 ranks, of which v of a whole tile has room in shared memory
 
@@ -175,10 +174,6 @@ __host__ __device__ constexpr int shrink_stage_bytes(int rank_tiles) {
   return (kWideTileRows + rank_tiles * kRankTile) * kChunkK * 2;
 }
 
-/// Where 16-byte piece `piece` of row `row` of a stage lies, in bytes: the 128-byte swizzle of the tensor cores' own
-/// layouts, free of bank conflicts for ldmatrix, too.
-__device__ __forceinline__ int piece_at(int row, int piece) { return row * kChunkK * 2 + ((piece ^ (row & 7)) << 4); }
-
 /// The chunks of K of a part of `parts`.
 __device__ __forceinline__ Part chunks_of(const LinearTask& task, int part, int parts) {
   const int chunks = (task.k + kChunkK - 1) / kChunkK;
@@ -337,11 +332,6 @@ inline LaunchShape cluster_shape(const LinearTask& task, const WideClusters& clu
   shape.cluster = clusters.blocks;
   shape.overlap = true;
   return shape;
-}
-
-/// Columns of a plane that are enough for any table.
-inline int64_t plane_width(int64_t v_width, int slices) {
-  return divide_up(min64(v_width, int64_t{kMaxRank} * slices) + (kRankTile - 1) * slices, kRankTile) * kRankTile;
 }
 
 /// Rank tiles of an item: ranks are unknown to the host, so an even share of v for each slice. A block that finds more

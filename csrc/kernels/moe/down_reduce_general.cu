@@ -3,7 +3,7 @@
 // A block owns one token and 256 outputs and walks the token's experts in order: no atomics, one rounding, one
 // write. Pairs of kNoRow (an expert of another rank, a pair without a position) contribute nothing, whatever y2 holds.
 #include "common/row_product.cuh"
-#include "polylora/cuda.h"
+#include "moe/paths.h"
 
 namespace polylora::cuda {
 namespace {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) down_reduce_general(const __grid_con
 
 }  // namespace
 
-cudaError_t down_reduce(const DownReduceParams& params, cudaStream_t stream) {
+cudaError_t down_reduce_general_path(const DownReduceParams& params, cudaStream_t stream) {
   const int32_t width = params.lora.slices.width[0];
   if (params.tokens == 0 || width == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(params.tokens), (width + kThreads - 1) / kThreads);

@@ -3,8 +3,8 @@
 // A block takes one position and 256 outputs of h; a thread takes one output, gate and up. Positions without an
 // adapter pass through the activation alone; positions of kNoRow are left alone.
 #include "common/row_product.cuh"
+#include "moe/paths.h"
 #include "polylora/activation.h"
-#include "polylora/cuda.h"
 
 namespace polylora::cuda {
 namespace {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) gate_up_act_general(const __grid_con
 
 }  // namespace
 
-cudaError_t gate_up_act(const GateUpActParams& params, cudaStream_t stream) {
+cudaError_t gate_up_act_general_path(const GateUpActParams& params, cudaStream_t stream) {
   const int32_t width = params.lora.slices.width[0];
   if (params.lora.rows == 0 || width == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(params.lora.rows), (width + kThreads - 1) / kThreads);

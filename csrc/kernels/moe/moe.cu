@@ -1,0 +1,85 @@
+// moe_gate_up_, moe_down_, moe_gate_up_act, moe_down_reduce: the path that serves the call.
+//
+//   mma      streams of weights, 16-bit, aligned, 8.0 and later: moe_stream.cu
+//   general  everything: shrink_general.cu, expand_general.cu, *_general.cu
+#include "common/choose.h"
+#include "linear/paths.h"
+#include "moe/paths.h"
+#include "polylora/cuda.h"
+
+namespace polylora::cuda {
+namespace {
+
+cudaError_t choose_moe(bool serves, Path& path) {
+  return choose({{false, false, serves, true}}, {{false, false, true, true}}, path, Path::kMma);
+}
+
+bool adds_nothing(const LoraParams& p) { return p.rows == 0 || p.slices.groups == 0; }
+
+// The general path's v, in scratch.
+LoraParams with_v(const LoraParams& p) {
+  LoraParams with = p;
+  with.v = static_cast<float*>(p.scratch);
+  with.v_stride = p.v_width;
+  return with;
+}
+int64_t v_bytes(const LoraParams& p) { return p.rows * p.v_width * int64_t{sizeof(float)}; }
+
+}  // namespace
+
+cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes) {
+  Path path;
+  const cudaError_t error = choose_moe(moe_stream_serves(p), path);
+  bytes = v_bytes(p);
+  return error == cudaSuccess && path == Path::kMma ? moe_linear_scratch(p, bytes) : error;
+}
+
+cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream) {
+  Path path;
+  cudaError_t error = choose_moe(moe_stream_serves(p), path);
+  if (error != cudaSuccess) return error;
+  if (path == Path::kMma) return moe_linear_path(p, stream);
+  const LoraParams general = with_v(p);
+  error = shrink_general_path(general, stream);
+  return error == cudaSuccess ? expand_general_path(general, stream) : error;
+}
+
+cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
+  Path path;
+  const cudaError_t error = choose_moe(moe_act_serves(g), path);
+  bytes = v_bytes(g.lora);
+  return error == cudaSuccess && path == Path::kMma ? moe_gate_up_act_scratch(g, bytes) : error;
+}
+
+cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
+  if (g.lora.rows == 0 || g.lora.slices.width[0] == 0) return cudaSuccess;
+  Path path;
+  cudaError_t error = choose_moe(moe_act_serves(g), path);
+  if (error != cudaSuccess) return error;
+  if (path == Path::kMma) return moe_gate_up_act_path(g, stream);
+  GateUpActParams general = g;
+  general.lora = with_v(g.lora);
+  if (!adds_nothing(g.lora)) error = shrink_general_path(general.lora, stream);
+  return error == cudaSuccess ? gate_up_act_general_path(general, stream) : error;
+}
+
+cudaError_t down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
+  Path path;
+  const cudaError_t error = choose_moe(moe_reduce_serves(d), path);
+  bytes = v_bytes(d.lora);
+  return error == cudaSuccess && path == Path::kMma ? moe_down_reduce_scratch(d, bytes) : error;
+}
+
+cudaError_t down_reduce(const DownReduceParams& d, cudaStream_t stream) {
+  if (d.tokens == 0 || d.lora.slices.width[0] == 0) return cudaSuccess;
+  Path path;
+  cudaError_t error = choose_moe(moe_reduce_serves(d), path);
+  if (error != cudaSuccess) return error;
+  if (path == Path::kMma) return moe_down_reduce_path(d, stream);
+  DownReduceParams general = d;
+  general.lora = with_v(d.lora);
+  if (!adds_nothing(d.lora)) error = shrink_general_path(general.lora, stream);
+  return error == cudaSuccess ? down_reduce_general_path(general, stream) : error;
+}
+
+}  // namespace polylora::cuda

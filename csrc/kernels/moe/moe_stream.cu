@@ -1,0 +1,127 @@
+// MoE's ops by streams of weights, put together from moe_shrink.cu and what comes after it:
+//
+//   gate/up and down in place  moe_expand.cu
+//   gate/up and activation     moe_expand.cu
+//   down and sum               few tokens: moe_down_few.cu; else moe_expand.cu and moe_sum.cu in turn
+#include "linear/paths.h"
+#include "moe/pairs.cuh"
+#include "moe/paths.h"
+#include "moe/stream.cuh"
+
+namespace polylora::cuda {
+namespace {
+
+// (token, expert) pairs up to which down reads each pair's B for its token: two launches instead of three.
+constexpr int64_t kFewPairs = 256;
+constexpr int64_t kFewRanks = 256;  // of all pairs of a token: every block of it adds up their v
+
+// Deltas that are on their way from moe_expand.cu to moe_sum.cu at once: they are to stay in L2.
+constexpr int64_t kDeltaBytes = int64_t{40} << 20;
+
+bool is_few(const DownReduceParams& d) {
+  const bool few = d.tokens * d.top_k <= kFewPairs && d.top_k * even_rank(d.lora) <= kFewRanks;
+  return few && d.top_k <= kPairs && !batch_invariant();
+}
+
+// Outputs of which deltas are made at once.
+int32_t delta_columns(const DownReduceParams& d) {
+  constexpr int64_t kStep = 256;
+  const int64_t width = d.lora.slices.width[0];
+  const int64_t fit = kDeltaBytes / (2 * (d.lora.rows < 1 ? 1 : d.lora.rows)) / kStep * kStep;
+  if (fit >= width) return static_cast<int32_t>(width);
+  const int64_t passes = divide_up(width, fit < kStep ? kStep : fit);
+  return static_cast<int32_t>(divide_up(divide_up(width, passes), 8) * 8);
+}
+
+int64_t plane_bytes_aligned(const LoraParams& p, int planes) { return divide_up(moe_plane_bytes(p, planes), 16) * 16; }
+
+bool interleaved(const SliceSet& slices) {
+  return slices.col_stride == 2 && slices.count == 2 && slices.col[1] == slices.col[0] + 1;
+}
+
+}  // namespace
+
+bool moe_stream_serves(const LoraParams& p) {
+  const SliceSet& slices = p.slices;
+  if (p.dtype == DType::kFloat32 || slices.count > kStreamSlices) return false;
+  if (p.k % 8 != 0 || p.k > 1 << 24 || p.x_stride % 8 != 0 || p.x_stride > INT32_MAX || !is_aligned(p.x, 16))
+    return false;
+  // pieces of x are counted in 32 bits
+  const int64_t pairs = p.plan.pairs > 0 ? p.plan.pairs : p.rows;
+  if ((p.x_div > 0 ? divide_up(pairs, p.x_div) : p.rows) * (p.x_stride / 8) >= UINT32_MAX) return false;
+  if (p.y_stride % 8 != 0 || p.y_stride > INT32_MAX || !is_aligned(p.y, 16)) return false;
+  if (!is_aligned(p.plan.header, 16) || !is_aligned(slices.table, 16)) return false;
+  for (int s = 0; s < slices.count; ++s) {
+    if (!is_aligned(slices.a[s], 16) || slices.a_stride[s] % 8 != 0 || slices.a_stride[s] > INT32_MAX) return false;
+    if (!is_aligned(slices.b[s], 16) || slices.width[s] % 8 != 0 || slices.width[s] != slices.width[0]) return false;
+    if (slices.col_stride == 1 && slices.col[s] % 8 != 0) return false;
+  }
+  return slices.col_stride == 1 || (interleaved(slices) && slices.col[0] % 8 == 0);
+}
+
+bool moe_act_serves(const GateUpActParams& g) {
+  return moe_stream_serves(g.lora) && g.h_stride % 8 == 0 && is_aligned(g.h, 16);
+}
+
+bool moe_reduce_serves(const DownReduceParams& d) {
+  return moe_stream_serves(d.lora) && d.out_stride % 8 == 0 && is_aligned(d.out, 16);
+}
+
+cudaError_t moe_linear_scratch(const LoraParams& p, int64_t& bytes) {
+  int planes = 0;
+  const cudaError_t error = moe_planes(p, planes);
+  bytes = plane_bytes_aligned(p, planes);
+  return error;
+}
+
+namespace {
+
+// What all begin with; sets how K was shared.
+cudaError_t shrink(const LoraParams& p, int& planes, cudaStream_t stream) {
+  const cudaError_t error = moe_planes(p, planes);
+  return error == cudaSuccess ? moe_shrink_path(p, planes, stream) : error;
+}
+
+}  // namespace
+
+cudaError_t moe_linear_path(const LoraParams& p, cudaStream_t stream) {
+  int planes = 0;
+  const cudaError_t error = shrink(p, planes, stream);
+  return error == cudaSuccess ? moe_expand_add_path(p, planes, stream) : error;
+}
+
+cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
+  return moe_linear_scratch(g.lora, bytes);
+}
+
+cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream) {
+  if (g.lora.rows == 0) return cudaSuccess;
+  int planes = 0;
+  const cudaError_t error = shrink(g.lora, planes, stream);
+  return error == cudaSuccess ? moe_expand_act_path(g, planes, stream) : error;
+}
+
+cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
+  const cudaError_t error = moe_linear_scratch(d.lora, bytes);
+  if (!is_few(d)) bytes += d.lora.rows * delta_columns(d) * 2;
+  return error;
+}
+
+cudaError_t moe_down_reduce_path(const DownReduceParams& d, cudaStream_t stream) {
+  if (d.tokens == 0) return cudaSuccess;
+  int planes = 0;
+  cudaError_t error = shrink(d.lora, planes, stream);
+  if (error != cudaSuccess) return error;
+  if (is_few(d)) return moe_down_few_path(d, planes, stream);
+  void* delta = static_cast<char*>(d.lora.scratch) + plane_bytes_aligned(d.lora, planes);
+  const int32_t width = d.lora.slices.width[0];
+  const int32_t step = delta_columns(d);
+  for (int32_t n = 0; n < width && error == cudaSuccess; n += step) {
+    const int32_t end = n + step < width ? n + step : width;
+    error = moe_expand_delta_path(d.lora, planes, delta, n, end, stream);
+    if (error == cudaSuccess) error = moe_sum_path(d, delta, n, end, stream);
+  }
+  return error;
+}
+
+}  // namespace polylora::cuda

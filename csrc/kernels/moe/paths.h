@@ -1,0 +1,55 @@
+// The paths of MoE's ops, chosen per call in moe.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "polylora/params.h"
+
+namespace polylora::cuda {
+
+/// Whether a call of linear is a half of an MoE layer: rows of x that pairs share, or a weight a pair.
+inline bool is_moe(const LoraParams& p) { return p.x_div != 0 || p.row_weight != nullptr || p.row_map != nullptr; }
+
+/// Streams of weights (8.0 and later): 16-bit, aligned, up to two slices of one width.
+bool moe_stream_serves(const LoraParams& p);
+
+/// y += delta: moe_gate_up_ and moe_down_. `bytes`: of p.scratch.
+cudaError_t moe_linear_scratch(const LoraParams& p, int64_t& bytes);
+cudaError_t moe_linear_path(const LoraParams& p, cudaStream_t stream);
+
+/// h = act(y1 + delta).
+bool moe_act_serves(const GateUpActParams& g);
+cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes);
+cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream);
+
+/// out = sum over a token's experts of w * (y2 + delta).
+bool moe_reduce_serves(const DownReduceParams& d);
+cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes);
+cudaError_t moe_down_reduce_path(const DownReduceParams& d, cudaStream_t stream);
+
+/// The path that serves the call: what linear is for is_moe.
+cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes);
+cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream);
+
+/// Everything; v given.
+cudaError_t gate_up_act_general_path(const GateUpActParams& g, cudaStream_t stream);
+cudaError_t down_reduce_general_path(const DownReduceParams& d, cudaStream_t stream);
+
+/// The pieces. `planes`: parts of K, whose sums stand in p.scratch.
+cudaError_t moe_planes(const LoraParams& p, int& planes);
+int64_t moe_plane_bytes(const LoraParams& p, int planes);
+cudaError_t moe_shrink_path(const LoraParams& p, int planes, cudaStream_t stream);
+cudaError_t moe_expand_add_path(const LoraParams& p, int planes, cudaStream_t stream);
+cudaError_t moe_expand_act_path(const GateUpActParams& g, int planes, cudaStream_t stream);
+
+/// Weighted deltas of all rows, outputs [n_begin, n_end): `delta` is [rows, n_end - n_begin] of the call's dtype.
+cudaError_t moe_expand_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
+                                  cudaStream_t stream);
+/// The sum of y2 and these deltas over a token's experts.
+cudaError_t moe_sum_path(const DownReduceParams& d, const void* delta, int32_t n_begin, int32_t n_end,
+                         cudaStream_t stream);
+
+/// Few tokens: both in one kernel, a block a token and part of the outputs, each pair's B read for that token alone.
+cudaError_t moe_down_few_path(const DownReduceParams& d, int planes, cudaStream_t stream);
+
+}  // namespace polylora::cuda
