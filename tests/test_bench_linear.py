@@ -16,6 +16,7 @@ import pytest
 import torch
 from polylora import cli
 from polylora.bench import cases, linear, peers, report, timing
+from polylora.bench import command as command_module
 from polylora.bench.problem import Problem, sets_that_fit, weight_sets
 from polylora.bench.timing import Timing
 
@@ -431,7 +432,7 @@ def test_without_a_gpu_the_exit_code_is_3(capsys):
 
 @pytest.fixture
 def made_up_gpu(monkeypatch):
-    monkeypatch.setattr(cli, "_why_no_gpu", lambda: "")
+    monkeypatch.setattr(command_module, "_why_no_gpu", lambda: "")
     monkeypatch.setattr(timing, "CudaTimer", MadeUpTimer)
     monkeypatch.delenv("POLYLORA_PATH", raising=False)
 
@@ -467,7 +468,7 @@ def test_a_lost_device_exits_with_1(made_up_gpu, monkeypatch, capsys):
 
 
 def test_peers_asked_for_by_name_must_be_there(made_up_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "find_peers", lambda names, folder: ([], {n: f"no {n} here" for n in names}))
+    monkeypatch.setattr(peers, "find_peers", lambda names, folder, known: ([], {n: f"no {n} here" for n in names}))
     code, out, err = command("linear", *SMALL, "--peers", "v2", capsys=capsys)
     assert (code, out) == (2, "") and "without v2: no v2 here" in err and "--peers-path" in err
     code, out, err = command("linear", *SMALL, capsys=capsys)
@@ -502,7 +503,6 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(argv, what, capsys)
     "argv",
     [
         [],
-        ["moe"],
         ["linear", "--preset", "all"],
         ["linear", "--dtype", "fp32"],
         ["linear", "--peers", "vllm,,v2"],

@@ -133,6 +133,17 @@ def test_what_a_call_adds_is_the_difference_of_two_graphs(gpu):
     assert plus.calls == 2 * alone.calls and not alone.alive and not plus.alive
 
 
+def test_what_a_whole_forward_takes_beyond_its_base_is_the_difference_too(gpu):
+    base, more = timing.CudaTimer().beyond([gpu.call(50.0), gpu.call(70.0)], [gpu.call(55.0), gpu.call(71.0)])
+    assert base.us == pytest.approx(60.0) and more.us == pytest.approx(3.0) and more.samples == REPLAYS
+    alone, plus = gpu.graphs[-2:]
+    assert plus.calls == alone.calls == base.calls == more.calls and not alone.alive and not plus.alive
+    base, less = timing.CudaTimer().beyond([gpu.call(50.0)], [gpu.call(48.0)])
+    assert less.us == pytest.approx(-2.0), "a fused seam may save more than it adds"
+    with pytest.raises(ValueError, match="must be as many as the base's 2, got 1"):
+        timing.CudaTimer().beyond([gpu.call(1.0)] * 2, [gpu.call(1.0)])
+
+
 def test_graphs_take_turns_and_warm_rounds_are_left_out(gpu):
     timer = timing.CudaTimer()
     one, two = timer.capture([gpu.call(10.0)], 1), timer.capture([gpu.call(25.0)], 2)

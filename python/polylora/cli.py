@@ -7,7 +7,6 @@ arguments, missing folder, no such device), 3 the command needs a GPU and cannot
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -41,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from polylora.bench.command import add_bench  # which takes the exit codes from here
+
     parser = argparse.ArgumentParser(prog="polylora", description="Multi-LoRA kernels: every row its own adapter.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -64,34 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     bench = commands.add_parser("bench", help="measure the ops on a GPU, beside other LoRA kernels where installed")
-    _add_bench(bench.add_subparsers(required=True, metavar="WHAT"))
+    add_bench(bench.add_subparsers(required=True, metavar="WHAT"))
     return parser
-
-
-def _add_bench(commands: Any) -> None:
-    linear = commands.add_parser("linear", help="linear layers: check, then time")
-    linear.add_argument("--preset", choices=("quick", "issue", "full"), default="quick", help="cases (default quick)")
-    linear.add_argument("--case", action="append", default=[], metavar="CASE", help="this case instead of a preset, "
-                        "e.g. 'llama8b.qkv r16 M16 a16' or '4096->4096+1024 r16 M1'; may be repeated")  # fmt: skip
-    linear.add_argument("--filter", action="append", default=[], metavar="WORDS", help="only cases that fit all words, "
-                        "e.g. 'qkv r16 M1'; repeated: any of them")  # fmt: skip
-    linear.add_argument("--paths", type=_paths, metavar="PATH,...",
-                        help="kernel paths of polylora: auto, cluster, wide, mma, general (default auto)")  # fmt: skip
-    linear.add_argument("--peers", type=_names, metavar="PEER,...",
-                        help="of vllm, csgmv, triton, v2; or none (default: those that can be imported)")  # fmt: skip
-    linear.add_argument("--peers-path", metavar="DIR", help="folder that holds the peers' packages")
-    linear.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    linear.add_argument("--json", metavar="FILE", help="JSON lines there ('-': to stdout instead of the tables)")
-    linear.add_argument("--plot", metavar="FILE", help="draw the results: .svg or .png (needs matplotlib)")
-    linear.add_argument("--chain", action="store_true", help="also what the op adds to a chain of base GEMMs")
-    linear.add_argument("--idle", action="store_true", help="also a replay in which no row has an adapter")
-    linear.add_argument("--overhead", action="store_true", help="also the host time of an eager call")
-    linear.set_defaults(run=_bench_linear)
-
-    plot = commands.add_parser("plot", help="draw saved results; needs no GPU")
-    plot.add_argument("results", metavar="RESULTS", help="JSON lines of a run")
-    plot.add_argument("-o", "--output", required=True, metavar="FILE", help=".svg or .png")
-    plot.set_defaults(run=_bench_plot)
 
 
 def _positive(text: str) -> int:
@@ -101,22 +76,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) != len(names):
-        raise argparse.ArgumentTypeError(f"must be names between commas, each once, got {text!r}")
-    return names
-
-
-def _paths(text: str) -> list[str]:
-    known = ("auto", "cluster", "wide", "mma", "general")
-    names = _names(text)
-    if unknown := [name for name in names if name not in known]:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
-    return names
-
-
-def _refuse(text: str) -> int:
+def refuse(text: str) -> int:
     print(text, file=sys.stderr)
     return USAGE
 
@@ -133,13 +93,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     usable = torch.cuda.is_available() and polylora.has_cuda_kernels()
     if arguments.device == "cuda" and not usable:
         why = "no CUDA device is there" if polylora.has_cuda_kernels() else "this build has no CUDA kernels (no nvcc)"
-        return _refuse(f"polylora demo: --device must be one that works here, got cuda: {why}")
+        return refuse(f"polylora demo: --device must be one that works here, got cuda: {why}")
     device = "cuda" if usable and arguments.device != "cpu" else "cpu"
     if arguments.device == "auto" and device == "cpu" and torch.cuda.is_available():
         print("polylora demo: there is a GPU, but this build has no CUDA kernels: running on the CPU", file=sys.stderr)
     target = arguments.json
     if target not in (None, "-") and (Path(target).is_dir() or not Path(target).resolve().parent.is_dir()):
-        return _refuse(f"polylora demo: --json must be a file in a folder that exists, got {target}")
+        return refuse(f"polylora demo: --json must be a file in a folder that exists, got {target}")
 
     started = time.perf_counter()
 
@@ -155,7 +115,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             progress,
         )
     except demo.DemoError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     if target == "-":
         print(json.dumps(result, indent=1))
     else:
@@ -228,15 +188,15 @@ def _check(arguments: argparse.Namespace) -> int:
         ("--model", arguments.model, "config.json"),
     ):
         if not (Path(path) / file).is_file():
-            return _refuse(f"polylora check: {what} must be a folder with {file}, got {path}")
+            return refuse(f"polylora check: {what} must be a folder with {file}, got {path}")
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        return _refuse(f"polylora check: needs transformers: pip install 'transformers>=5.12' 'peft>=0.18' ({error})")
+        return refuse(f"polylora check: needs transformers: pip install 'transformers>=5.12' 'peft>=0.18' ({error})")
     try:
         config = AutoConfig.from_pretrained(arguments.model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a config makes transformers raise
-        return _refuse(f"polylora check: --model must have a config that transformers reads, got: {error}")
+        return refuse(f"polylora check: --model must have a config that transformers reads, got: {error}")
 
     problems: list[str] = []
     adapter = None
@@ -308,108 +268,6 @@ def _check_report(result: dict[str, Any]) -> str:
         )
         lines += [f"  {key}" for key in saved]
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------ bench
-
-
-def _bench_linear(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from polylora.bench import cases, linear, peers, report, timing
-
-    def refuse(text: str) -> int:
-        return _refuse(f"polylora bench linear: {text}")
-
-    try:
-        chosen = [cases.Case.parse(text) for text in arguments.case] or cases.PRESETS[arguments.preset]()
-    except ValueError as error:
-        return refuse(f"--case: {error}")
-    chosen = cases.select(chosen, arguments.filter)
-    if not chosen:
-        return refuse(f"--filter must leave a case of the preset {arguments.preset}, got {arguments.filter}")
-    wanted = list(peers.PEERS) if arguments.peers is None else [] if arguments.peers == ["none"] else arguments.peers
-    if unknown := [name for name in wanted if name not in peers.PEERS]:
-        return refuse(f"--peers must be none or of {', '.join(peers.PEERS)}, got {', '.join(unknown)}")
-    if arguments.peers_path is not None and not Path(arguments.peers_path).is_dir():
-        return refuse(f"--peers-path must be a folder, got {arguments.peers_path}")
-    target = arguments.json
-    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).resolve().parent.is_dir()):
-        return refuse(f"--json must be a file in a folder that exists, got {target}")
-    if arguments.plot is not None:
-        try:
-            report.check_plot(arguments.plot)
-        except report.PlotError as error:
-            return refuse(f"--plot: {error}")
-
-    if why := _why_no_gpu():
-        print(
-            f"polylora bench linear: needs a GPU: {why}. `polylora info` says what was built and what torch sees; "
-            "`polylora bench plot` draws saved results without a GPU.",
-            file=sys.stderr,
-        )
-        return NO_GPU
-    found, missing = peers.find_peers(wanted, arguments.peers_path)
-    for name, why in missing.items():
-        print(f"polylora bench linear: without {name}: {why}", file=sys.stderr)
-    if missing and arguments.peers is not None:
-        return refuse(f"--peers must name what can be imported, got {', '.join(missing)}; see --peers-path")
-
-    started = time.perf_counter()
-
-    def progress(text: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    options = linear.Options(
-        cases=chosen,
-        implementations=[peers.Polylora(p) for p in arguments.paths or [os.environ.get("POLYLORA_PATH") or "auto"]]
-        + found,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype],
-        chain=arguments.chain,
-        idle=arguments.idle,
-        overhead=arguments.overhead,
-        notes={"preset": None if arguments.case else arguments.preset, "filter": arguments.filter},
-    )
-    with contextlib.ExitStack() as stack:
-        lines = sys.stdout if target == "-" else None
-        if target not in (None, "-"):
-            lines = stack.enter_context(open(target, "w", encoding="utf-8"))
-        sink = report.Sink(None if target == "-" else sys.stdout, lines)
-        try:
-            failures = linear.run(options, timing.CudaTimer(), sink, progress)
-        except linear.DeviceLost as error:
-            print(f"polylora bench linear: {error}", file=sys.stderr)
-            return NO
-    if arguments.plot is not None:
-        try:
-            report.plot(sink.records, arguments.plot)
-        except report.PlotError as error:
-            print(f"polylora bench linear: --plot: {error}", file=sys.stderr)
-            return NO
-    for text in failures:
-        print(f"polylora bench linear: failed: {text}", file=sys.stderr)
-    return NO if failures else DONE
-
-
-def _why_no_gpu() -> str:
-    """Why the ops cannot run on a GPU here; empty where they can."""
-    import torch
-
-    import polylora
-
-    if not torch.cuda.is_available():
-        return "no CUDA device is there (torch.cuda.is_available() is false)"
-    return "" if polylora.has_cuda_kernels() else "this build has no CUDA kernels (no nvcc at build time)"
-
-
-def _bench_plot(arguments: argparse.Namespace) -> int:
-    from polylora.bench import report
-
-    try:
-        report.plot(report.load(arguments.results), arguments.output)
-    except (report.ResultsError, report.PlotError) as error:
-        return _refuse(f"polylora bench plot: {error}")
-    return DONE
 
 
 if __name__ == "__main__":

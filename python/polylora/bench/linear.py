@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import platform
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib import metadata
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,32 +14,14 @@ from polylora.bench.cases import Case, Module
 from polylora.bench.peers import Call, Implementation
 from polylora.bench.problem import COLD, Problem, sets_that_fit, weight_sets
 from polylora.bench.report import OK, Record, Sink, Table, cell, number, write_means
-from polylora.bench.timing import Timing
+from polylora.bench.run import DeviceLost, Progress, Run, Timer, describe_run, timed
+
+__all__ = ["DeviceLost", "Options", "run"]
 
 #: A result may be this far from float64: ||result - reference|| / ||delta||, the rounding of y included.
 ERROR_BOUND = 2e-2
 #: Shapes of which the host time of a call is measured: the GPU does nearly nothing.
 OVERHEAD_CASES = (Case(Module("64->64", 64, (64,)), 8, 1, 1), Case(Module("64->64+64+64", 64, (64, 64, 64)), 8, 4, 4))
-
-
-class Timer(Protocol):
-    """What a run needs of :class:`polylora.bench.timing.CudaTimer`."""
-
-    device: torch.device
-    l2_bytes: int
-
-    def free_bytes(self) -> int: ...
-    def scope(self) -> contextlib.AbstractContextManager: ...
-    def wake(self) -> None: ...
-    def synchronize(self) -> None: ...
-    def calls(self, calls: Sequence[Call]) -> Timing: ...
-    def calls_after(self, calls: Sequence[Call], change: Call) -> Timing: ...
-    def added(self, base: Sequence[Call], calls: Sequence[Call]) -> tuple[Timing, Timing]: ...
-    def host(self, call: Call) -> Timing: ...
-
-
-class DeviceLost(RuntimeError):
-    """The device does not answer any more: nothing after this can be measured."""
 
 
 @dataclass
@@ -70,7 +46,7 @@ class Options:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def run(options: Options, timer: Timer, sink: Sink, progress: Callable[[str], None] = lambda text: None) -> list[str]:
+def run(options: Options, timer: Timer, sink: Sink, progress: Progress = lambda text: None) -> list[str]:
     """Checks and times everything.
 
     Args:
@@ -88,36 +64,12 @@ def run(options: Options, timer: Timer, sink: Sink, progress: Callable[[str], No
     return _Run(options, timer, sink, progress).run()
 
 
-def describe_run(dtype: torch.dtype) -> Record:
-    """The ``run`` record: when, on what, with which versions."""
-    record = {
-        "kind": "run",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "polylora": polylora.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        it = torch.cuda.get_device_properties(torch.cuda.current_device())
-        record |= {"device": it.name, "sms": it.multi_processor_count, "capability": f"{it.major}.{it.minor}"}
-        record["l2_bytes"] = getattr(it, "L2_cache_size", None)
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        record["triton"] = metadata.version("triton")
-    invariant = os.environ.get("POLYLORA_BATCH_INVARIANT")
-    return record | ({"batch_invariant": invariant} if invariant else {})
-
-
-class _Run:
-    def __init__(self, options: Options, timer: Timer, sink: Sink, progress: Callable[[str], None]) -> None:
-        self.options, self.timer, self.sink, self.progress = options, timer, sink, progress
+class _Run(Run):
+    def __init__(self, options: Options, timer: Timer, sink: Sink, progress: Progress) -> None:
+        super().__init__(timer, sink, progress, ERROR_BOUND)
+        self.options = options
         self.implementations = list(options.implementations)
         self.ours = [i for i in self.implementations if i.ours]
-        self.failures: list[str] = []
-        self.problems: dict[str, list[str]] = {}
-        self.out: set[tuple[str, str]] = set()  # (implementation, case) that failed once
         self.names = [case.name for case in options.cases]
 
     def run(self) -> list[str]:
@@ -130,20 +82,10 @@ class _Run:
             passes.append(("chain, ", self._chain_table, self._chain, linears))
         if options.idle and self.ours:
             passes.append(("idle, ", self._idle_table, self._idle, options.cases))
-        self.total, self.done = sum(len(cases) for *_, cases in passes), 0
-        self.started = time.perf_counter()
+        self.expect(sum(len(cases) for *_, cases in passes))
         for what, open_table, measure, cases in passes:
             self.table = open_table()
-            for case in cases:
-                self._tell(what + case.name)
-                try:
-                    measure(case)
-                except torch.OutOfMemoryError:
-                    self._note("left out", f"{what}{case.name}: it does not fit the device's memory")
-                self.done += 1
-                if self.timer.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            self._tell_problems()
+            self.each(what, cases, measure)
             if measure == self._alone:
                 write_means(self.sink, self.sink.records)
                 self._plans()
@@ -151,11 +93,6 @@ class _Run:
             self.progress("host time of eager calls")
             self._overhead()
         return self.failures
-
-    def _tell(self, name: str) -> None:
-        spent = time.perf_counter() - self.started
-        left = f", about {spent / self.done * (self.total - self.done):.0f} s left" if self.done else ""
-        self.progress(f"{self.done + 1} of {self.total}{left}: {name}")
 
     # ------------------------------------------------------------------------------------------------------- tables
 
@@ -180,24 +117,12 @@ class _Run:
         self.sink.text("\nus a call, replayed with no row that has an adapter:\n")
         return Table(self.sink, ["case", *(i.name for i in self.ours)], self.names)
 
-    def _note(self, who: str, text: str) -> None:
-        self.problems.setdefault(who, []).append(text)
-        self.progress(f"{who}: {text}")
-
-    def _tell_problems(self) -> None:
-        if self.problems:
-            self.sink.text()
-        for who, texts in self.problems.items():
-            more = f" (and {len(texts) - 1} more like it)" if len(texts) > 1 else ""
-            self.sink.text(f"{who}: {texts[0]}{more}")
-        self.problems = {}
-
     # ----------------------------------------------------------------------------------------------------- measuring
 
     def _problem(self, case: Case) -> Problem:
         wanted, room = weight_sets(case, self.timer.l2_bytes), sets_that_fit(case, self.timer.free_bytes())
         if room < wanted:
-            self._note("weights warm", f"{case.name}: memory for {room} of the {wanted} sets that keep weights cold")
+            self.note("weights warm", f"{case.name}: memory for {room} of the {wanted} sets that keep weights cold")
         return Problem(case, self.timer.device, self.options.dtype, min(wanted, room))
 
     def _measure(
@@ -208,7 +133,7 @@ class _Run:
         implementation: Implementation,
         measure: Callable[[Implementation, list[Call]], Record],
     ) -> Record:
-        """Prepares, checks and, where the check passes, measures; the record says what came of it."""
+        """Checks and measures one implementation on a problem; see :meth:`polylora.bench.run.Run.checked`."""
         record: Record = {
             "kind": kind,
             "case": case.name,
@@ -223,48 +148,12 @@ class _Run:
             "weights_mb": case.weight_bytes / 1e6,
             "xy_mb": case.xy_bytes / 1e6,
             "floor_us": case.floor_us,
-            "implementation": implementation.name,
-            "ours": implementation.ours,
             "sets": problem.sets,
             "cold": problem.sets >= weight_sets(case, self.timer.l2_bytes),
         }
         if case.module.is_embedding:
             record |= {"vocab": case.module.vocab, "layout": "token" if case.module.token_major else "rank"}
-        try:
-            with implementation.scope():
-                calls = implementation.prepare(problem)
-                error = problem.check(calls)
-                record["error"] = error if math.isfinite(error) else None
-                if error <= ERROR_BOUND:  # not so for NaN
-                    record |= {"status": OK} | measure(implementation, calls)
-                else:
-                    detail = f"error {error:.3g} against float64 must be at most {ERROR_BOUND:g}"
-                    record |= {"status": "wrong", "detail": detail}
-        except Exception as error:  # kernels of others raise whatever they like
-            status = "unserved" if implementation.declines(error) else "error"
-            record |= {"status": status, "detail": f"{type(error).__name__}: {error}"}
-        finally:
-            implementation.close()
-        self._judge(record)
-        self.sink.record(record)
-        if record["status"] == "error":
-            try:
-                self.timer.synchronize()
-            except Exception as error:
-                raise DeviceLost(f"{implementation.name} on {case.name} left the device unusable: {error}") from None
-        return record
-
-    def _judge(self, record: Record) -> None:
-        if record["status"] == OK:
-            return
-        name, case = record["implementation"], record["case"]
-        self.out.add((name, case))
-        if record["status"] == "unserved":
-            return
-        text = f"{case} ({record['kind']}): {str(record['detail']).strip().splitlines()[0][:300]}"
-        self._note(f"{name} {'FAILED' if record['ours'] else 'left out'}", text)
-        if record["ours"]:
-            self.failures.append(f"{name} on {text}")
+        return self.checked(record, problem, implementation, measure)
 
     def _measure_all(
         self,
@@ -280,15 +169,10 @@ class _Run:
             for i in implementations
         ]
 
-    @staticmethod
-    def _timed(timing: Timing) -> Record:
-        times = {"us": timing.us, "low_us": timing.low, "high_us": timing.high}
-        return times | {"calls": timing.calls, "samples": timing.samples}
-
     def _alone(self, case: Case) -> None:
         def measure(_: Implementation, calls: list[Call]) -> Record:
             timing = self.timer.calls(calls)
-            return self._timed(timing) | {"ratio": timing.us / case.floor_us}
+            return timed(timing) | {"ratio": timing.us / case.floor_us}
 
         with self.timer.scope():
             problem = self._problem(case)
@@ -320,7 +204,7 @@ class _Run:
 
             def measure(_: Implementation, calls: list[Call]) -> Record:
                 alone, added = self.timer.added(base, calls)
-                return self._timed(added) | {"base_us": alone.us}
+                return timed(added) | {"base_us": alone.us}
 
             found = self._measure_all("chain", case, problem, self.implementations, measure)
         times = [record["base_us"] for record in found if record and record["status"] == OK]
@@ -343,7 +227,7 @@ class _Run:
                 timing = self.timer.calls_after(calls, empty_plan)
                 if not torch.equal(problem.y, problem.y0):
                     return {"status": "wrong", "detail": "rows without an adapter must keep their bits"}
-                return self._timed(timing)
+                return timed(timing)
 
             found = self._measure_all("idle", case, problem, self.ours, measure)
         self.table.row([case.name, *map(cell, found)])
@@ -362,7 +246,7 @@ class _Run:
                 slot_of_row = torch.tensor(case.slot_of_row(), dtype=torch.int32, device=self.timer.device)
                 plan = polylora.Plan(rows, slots, device=self.timer.device)
                 timing = self.timer.calls([lambda plan=plan, ids=slot_of_row: plan.fill(ids)])
-            self.sink.record({"kind": "plan", "rows": rows, "slots": slots} | self._timed(timing))
+            self.sink.record({"kind": "plan", "rows": rows, "slots": slots} | timed(timing))
             table.row([f"M{rows} a{slots}", number(timing.us)])
 
     def _overhead(self) -> None:
@@ -373,7 +257,7 @@ class _Run:
         for name in rows:
             if any(name in column for column in columns):
                 table.row([name, *(number(column.get(name)) for column in columns)])
-        self._tell_problems()
+        self.tell_problems()
 
     def _host_times(self, case: Case) -> dict[str, float]:
         """us by what is called."""
@@ -382,7 +266,7 @@ class _Run:
         def add(name: str, call: Call) -> Record:
             timing = self.timer.host(call)
             found[name] = timing.us
-            return self._timed(timing)
+            return timed(timing)
 
         with self.timer.scope():
             problem = Problem(case, self.timer.device, self.options.dtype, 1)

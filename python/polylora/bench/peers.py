@@ -23,7 +23,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -293,19 +293,22 @@ class V2(_Sglang):
 PEERS = {peer.name: peer for peer in (Vllm, Csgmv, Triton, V2)}
 
 
-def find_peers(names: Sequence[str], folder: str | Path | None = None) -> tuple[list[Implementation], dict[str, str]]:
+def find_peers(
+    names: Sequence[str], folder: str | Path | None = None, peers: Mapping[str, type[Implementation]] = PEERS
+) -> tuple[list[Implementation], dict[str, str]]:
     """The named peers that can be imported, and why the others cannot.
 
     Args:
-        names: keys of :data:`PEERS`.
+        names: keys of ``peers``.
         folder: looked in for their packages before everything else.
+        peers: by name: classes with a ``package``, made from its module ``api``.
     """
     found: list[Implementation] = []
     missing: dict[str, str] = {}
     if folder is not None and (text := str(Path(folder).resolve())) not in sys.path:
         sys.path.insert(0, text)  # and there it stays: the packages import their parts when they are used
     for name in names:
-        peer: Any = PEERS[name]
+        peer: Any = peers[name]
         try:
             found.append(peer(importlib.import_module(f"{peer.package}.api")))
         except Exception as error:  # whatever importing somebody else's package raises

@@ -8,6 +8,9 @@ A record is one JSON object a line. ``kind`` says which:
               and ``high_us``, ``floor_us``, ``ratio``, or ``status`` other than ``ok`` and a ``detail``
 ``chain``     the same, ``us`` being what the op adds to a chain of base GEMMs of ``base_us`` each
 ``idle``      the same, replayed with no row that has an adapter
+``moe``       one implementation on one MoE layer: ``us`` is what LoRA adds to its forward of ``base_us``, ``ratio``
+              that over ``floor_us`` (None where nothing is added); polylora's ops alone: ``plan_us``, ``gate_up_us``,
+              ``down_us``
 ``plan``      grouping ``rows`` rows of ``slots`` slots: ``us`` in a graph
 ``overhead``  host time ``us`` of one eager call
 ============  =========================================================================================================
@@ -27,6 +30,8 @@ Record = dict[str, Any]
 
 #: ``status`` of a record that has a time.
 OK = "ok"
+#: Kinds of records whose ``ratio`` means are taken of. A file has one of them.
+_WITH_RATIO = ("linear", "moe")
 #: How a table shows the others.
 _SHOWN = {"wrong": "wrong", "error": "error", "unserved": "-"}
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#b8a600")
@@ -99,14 +104,14 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def ratios(records: Iterable[Record]) -> dict[str, dict[str, dict[str, float]]]:
-    """us over floor by regime, implementation and case, of the ``linear`` records that have a time.
+    """us over floor by regime, implementation and case, of the ``linear`` and ``moe`` records that have a ratio.
 
     The implementation ``best peer`` is, case by case, the fastest that is not polylora.
     """
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in REGIMES}
     best: dict[str, dict[str, float]] = {}
     for record in records:
-        if record.get("kind") != "linear" or record["status"] != OK:
+        if record.get("kind") not in _WITH_RATIO or record["status"] != OK or record["ratio"] is None:
             continue
         regime, case, ratio = record["regime"], record["case"], record["ratio"]
         found[regime].setdefault(record["implementation"], {})[case] = ratio
@@ -118,7 +123,7 @@ def ratios(records: Iterable[Record]) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def write_means(sink: Sink, records: Sequence[Record]) -> None:
+def write_means(sink: Sink, records: Sequence[Record], title: str = "Time over the floor, geometric means") -> None:
     """The table of geometric means of us over floor. A number in brackets: over so many cases only."""
     by_regime = {regime: found for regime, found in ratios(records).items() if found}
     names = list(dict.fromkeys(name for found in by_regime.values() for name in found if name != "best peer"))
@@ -126,7 +131,7 @@ def write_means(sink: Sink, records: Sequence[Record]) -> None:
         names.append("best peer")
     if not names:
         return
-    sink.text("\nTime over the floor, geometric means:\n")
+    sink.text(f"\n{title}:\n")
     table = Table(sink, ("regime", "cases", *(name.rjust(10) for name in names)), by_regime)
     for regime, found in by_regime.items():
         total = len({case for of_name in found.values() for case in of_name})
@@ -190,7 +195,7 @@ def plot(records: Sequence[Record], path: str | Path) -> None:
     """Draws time over floor by regime, one colour an implementation: a dot a case, a bar their geometric mean.
 
     Args:
-        records: of a run; ``linear`` records and the ``run`` record for the title.
+        records: of a run; ``linear`` or ``moe`` records and the ``run`` record for the title.
         path: .svg or .png.
 
     Raises:
@@ -220,7 +225,9 @@ def plot(records: Sequence[Record], path: str | Path) -> None:
         axes.tick_params(axis="x", length=0)
         axes.axhline(1, color="black", linewidth=1, zorder=4)
         axes.grid(axis="y", color="#dddddd", linewidth=0.7, zorder=0)
-        axes.set_ylabel("time over the H100 floor (log scale)")
+        added = any(record["kind"] == "moe" for record in records)
+        floor = "added time over the weights' at 3 TB/s" if added else "time over the H100 floor"
+        axes.set_ylabel(f"{floor} (log scale)")
         axes.set_title(_title(run), loc="left", fontsize=10)
         figure.legend(frameon=False, ncols=min(len(names), 6), loc="outside lower center")
         metadata = {"Date": None} if Path(path).suffix == ".svg" else {}

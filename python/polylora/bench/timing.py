@@ -179,11 +179,26 @@ class CudaTimer:
 
             return both
 
+        return self._in_turn(base, calls, lambda count: [layer(i) for i in range(count)])
+
+    def beyond(self, base: Sequence[Call], calls: Sequence[Call]) -> tuple[Timing, Timing]:
+        """us a call of ``base``, and how much longer one of ``calls`` takes, which does the base's work as well.
+
+        Two graphs take turns as in :meth:`added`. ``calls`` is as long as ``base``: both find the same data.
+        """
+        if len(base) != len(calls):
+            raise ValueError(f"polylora bench: calls must be as many as the base's {len(base)}, got {len(calls)}")
+        return self._in_turn(base, calls, lambda count: calls)
+
+    def _in_turn(
+        self, base: Sequence[Call], warm: Sequence[Call], more: Callable[[int], Sequence[Call]]
+    ) -> tuple[Timing, Timing]:
+        """A graph of ``count`` base calls and one of as many calls of ``more(count)``; ``warm`` runs once before."""
         alone, count = self._fit(base)
         with self.scope():
-            for call in calls:
+            for call in warm:
                 call()
-        plus = self.capture([layer(i) for i in range(count)], count)
+        plus = self.capture(more(count), count)
         without, with_ = self.replay([alone, plus], REPLAYS, WARM_REPLAYS)
         alone.reset()
         plus.reset()

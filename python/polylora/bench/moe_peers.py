@@ -1,0 +1,319 @@
+"""What is measured on MoE layers: polylora's ops at the base's seams, and the MoE LoRA of vLLM and SGLang.
+
+===========  ========================================================================================================
+``vllm``     ``vllm_lora_ops``: fused_moe_lora between the stages of SGLang's base
+``classic``  ``sglang_lora_ops``: SGLang's hooks, an adapter at a time
+``virtual``  ``sglang_lora_ops``: its hooks over virtual experts
+``v2``       ``sglang_lora_ops``: its plan-driven layer (lora_triton), a whole forward of its own
+===========  ========================================================================================================
+
+polylora's plan is part of its forward, once a layer. So is v2's grouping of rows. That of the others is not in the
+figure: their packages have stand-ins for the CUDA kernels that do it, whose time would say nothing. All read the same
+weights, SGLang and polylora in place; vLLM has gate and up in tensors of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import polylora
+from polylora.bench.moe_base import Layer
+from polylora.bench.moe_cases import SLOTS
+from polylora.bench.moe_problem import MoeProblem, Pool, Routing
+from polylora.bench.peers import Call, Implementation, Polylora
+from polylora.ops import ACTIVATIONS
+
+
+class Unserved(RuntimeError):
+    """The case is not for this peer; the text says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------- polylora
+
+
+class _Halves:
+    """The tables of one pool: positional arguments of the ops from ``a`` to ``v_width``, but for the plan."""
+
+    def __init__(self, problem: MoeProblem, pool: Pool) -> None:
+        model, ranks = problem.case.model, [problem.case.rank] * SLOTS
+        cols = [0, 1] if model.interleaved else None
+        self.col_stride = 2 if model.interleaved else 1
+        self.up = polylora.SliceTable.from_sglang_moe(
+            pool.up_a, pool.up_b, ranks, widths=[model.inner] * model.slices, cols=cols, col_stride=self.col_stride
+        )
+        self.down = polylora.SliceTable.from_sglang_moe(pool.down_a, pool.down_b, ranks, widths=[model.hidden])
+
+
+class MoePolylora(Polylora):
+    """polylora's ops in a layer.
+
+    Args:
+        path: what ``POLYLORA_PATH`` forces; ``auto``: nothing.
+        fused: ``moe_gate_up_act`` in the place of the base's activation, ``moe_down_reduce`` in that of its sum;
+            else ``moe_gate_up_`` and ``moe_down_`` before them.
+        side_plan: the plan on a stream of its own beside the base's gate/up GEMM; else before it.
+    """
+
+    def __init__(self, path: str = "auto", fused: bool = True, side_plan: bool = False) -> None:
+        super().__init__(path)
+        self.fused, self.side_plan = fused, side_plan
+        self.name += ("" if fused else ":unfused") + (":side" if side_plan else "")
+
+    def prepare(self, problem: MoeProblem) -> list[Call]:
+        self.tables = [_Halves(problem, pool) for pool in problem.pools]
+        self.side = torch.cuda.Stream(problem.device) if self._beside(problem) else None
+        shared = self._new_plan(problem, problem.base.layer(problem.routings[0]))
+        return [self._forward(problem, problem.base.layer(routing), shared) for routing in problem.layers]
+
+    def _beside(self, problem: MoeProblem) -> bool:
+        return self.side_plan and problem.device.type == "cuda"
+
+    @staticmethod
+    def _new_plan(problem: MoeProblem, layer: Layer) -> torch.Tensor:
+        layer.route()
+        case = problem.case
+        pairs = 0 if layer.row_map is None else case.pairs
+        return polylora.Plan(case.pairs, SLOTS * case.model.experts, pairs, device=problem.device).tensor
+
+    def _forward(self, problem: MoeProblem, layer: Layer, plan: torch.Tensor) -> Call:
+        fill, up, down = self._ops(problem, layer, plan)
+
+        def forward() -> torch.Tensor:
+            layer.route()
+            if self.side is None:
+                fill()
+                y1 = layer.gate_up()
+            else:
+                here = torch.cuda.current_stream(problem.device)
+                self.side.wait_stream(here)
+                with torch.cuda.stream(self.side):
+                    fill()
+                y1 = layer.gate_up()
+                here.wait_stream(self.side)
+            up(y1)
+            h = layer.h if self.fused else layer.act(y1)
+            y2 = layer.down(h)
+            down(y2)
+            return layer.out if self.fused else layer.reduce(y2)
+
+        return forward
+
+    def _ops(self, problem: MoeProblem, layer: Layer, plan: torch.Tensor) -> tuple[Call, Any, Any]:
+        """The plan's call, and the two ops as functions of y1 and of y2."""
+        case, routing, x, h, ops = problem.case, layer.routing, problem.x, layer.h, torch.ops.polylora
+        tables, model = self.tables[routing.pool], case.model
+        u, d, top_k, stride = tables.up, tables.down, model.top_k, tables.col_stride
+        up = (x, u.a, u.b, u.table, plan, u.widths, u.cols, u.v_width)
+        down = (h, d.a, d.b, d.table, plan)
+        rest, weights, act = (d.widths, d.cols, d.v_width), routing.topk_weights, ACTIVATIONS[model.act]
+        # where the base multiplies the weights in with the sum, a delta added before must not have them yet
+        early = weights if layer.base.weighted else torch.ones_like(weights)
+
+        def fill() -> None:
+            ops.moe_plan(plan, routing.topk_ids, routing.slots, SLOTS, model.experts, None, layer.row_map)
+
+        if self.fused:
+            return (
+                fill,
+                lambda y1: ops.moe_gate_up_act(h, y1, *up, top_k, act, 1.702, 7.0, stride, layer.row_map),
+                lambda y2: ops.moe_down_reduce(
+                    layer.out, y2, *down, weights, *rest, layer.row_map, layer.base.weighted
+                ),
+            )
+        return (
+            fill,
+            lambda y1: ops.moe_gate_up_(y1, *up, top_k, stride, layer.row_map),
+            lambda y2: ops.moe_down_(y2, *down, early, *rest, layer.row_map),
+        )
+
+    def alone(self, problem: MoeProblem) -> dict[str, list[Call]]:
+        """The ops without a base, one call a routing: ``plan``, ``gate_up``, ``down``. After :meth:`prepare`.
+
+        Each routing has a plan of its own, filled here; y1, h and y2 are those of the first routing's base.
+        """
+        first = problem.base.layer(problem.routings[0])
+        first.route()
+        y1 = first.gate_up().clone()
+        y2 = first.down(first.act(y1)).clone()
+        found: dict[str, list[Call]] = {"plan": [], "gate_up": [], "down": []}
+        for routing in problem.routings:
+            layer = problem.base.layer(routing)
+            fill, up, down = self._ops(problem, layer, self._new_plan(problem, layer))
+            fill()
+            found["plan"].append(fill)
+            found["gate_up"].append(lambda up=up: up(y1))
+            found["down"].append(lambda down=down: down(y2))
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------------- peers
+
+
+class _Peer(Implementation):
+    """What the peers share.
+
+    Args:
+        api: the module ``api`` of their package.
+    """
+
+    package = ""
+    #: Activations it knows, and whether the base must have pairs in their order and weighted.
+    acts: tuple[str, ...] = ("silu", "relu2")
+    pair_order = True
+
+    def __init__(self, api: ModuleType) -> None:
+        self.api = api
+
+    def prepare(self, problem: MoeProblem) -> list[Call]:
+        model = problem.case.model
+        if model.act not in self.acts or model.interleaved:
+            raise Unserved(f"{self.name} has no {'interleaved ' if model.interleaved else ''}{model.act}")
+        if self.pair_order and not problem.base.weighted:
+            raise Unserved(f"{self.name} adds into weighted pairs in their order, which {problem.base.name} has not")
+        self.start(problem)
+        return [self.forward(problem, routing) for routing in problem.layers]
+
+    def start(self, problem: MoeProblem) -> None:
+        """What the calls share."""
+
+    def forward(self, problem: MoeProblem, routing: Routing) -> Call:
+        """The layer with LoRA as one call."""
+        raise NotImplementedError
+
+    def declines(self, error: Exception) -> bool:
+        return isinstance(error, Unserved)
+
+
+class VllmMoe(_Peer):
+    """vLLM: both ops add into the buffers of the base."""
+
+    name = "vllm"
+    package = "vllm_lora_ops"
+
+    def start(self, problem: MoeProblem) -> None:
+        self.api.clear_ptr_caches()  # they are keyed on addresses, and those are used again
+        rank, inner, slices = problem.case.rank, problem.case.model.inner, problem.case.model.slices
+        self.weights = [
+            (
+                [pool.up_a[:, :, s * rank : (s + 1) * rank].contiguous() for s in range(slices)],
+                [pool.up_b[:, :, s * inner : (s + 1) * inner].contiguous() for s in range(slices)],
+                [pool.down_a],
+                [pool.down_b],
+            )
+            for pool in problem.pools
+        ]
+
+    def forward(self, problem: MoeProblem, routing: Routing) -> Call:
+        api, case, model, device = self.api, problem.case, problem.case.model, problem.device
+        layer, weights = problem.base.layer(routing), routing.topk_weights
+        up_a, up_b, down_a, down_b = self.weights[routing.pool]
+        meta = api.make_meta(routing.slots, SLOTS, device)
+        enabled = torch.ones(SLOTS + 1, dtype=torch.int32, device=device)
+        shrink, expand = api.moe_lora_configs(case.rows, model.experts, model.inner, case.rank, "w13")
+        block = int(shrink.get("BLOCK_SIZE_M") or 64)
+        route = api.moe_route(routing.topk_ids, meta, model.experts, block, enabled, align="torch")
+
+        def forward() -> torch.Tensor:
+            layer.route()
+            y1 = layer.gate_up()
+            rows = y1.view(case.rows, model.top_k, -1)
+            api._call(rows, problem.x, up_a, up_b, weights, route, meta, enabled, shrink, expand, False)
+            h = layer.act(y1)
+            y2 = layer.down(h)
+            rows = y2.view(case.rows, model.top_k, -1)
+            api.fused_moe_lora_w2(rows, h, down_a, down_b, weights, route, meta, enabled)
+            return layer.reduce(y2)
+
+        return forward
+
+    def close(self) -> None:
+        self.weights = []
+        self.api.clear_ptr_caches()
+
+
+class Classic(_Peer):
+    """SGLang's hooks. Their grouping is made with them, before the call."""
+
+    name = "classic"
+    package = "sglang_lora_ops"
+    virtual = False
+
+    def start(self, problem: MoeProblem) -> None:
+        model = problem.case.model
+        self.legacy = self.api.MoELegacy(problem.w13, problem.w2, model.top_k, model.gated, model.act)
+
+    def forward(self, problem: MoeProblem, routing: Routing) -> Call:
+        case, x, layer, pool = problem.case, problem.x, problem.base.layer(routing), problem.pools[routing.pool]
+        lengths, adapters = map(list, zip(*case.requests(routing.turn), strict=True))
+        batch = self.api.build_csgmv_batch(lengths, adapters, [case.rank] * SLOTS, [1.0] * SLOTS, device=problem.device)
+        weights = pool.up_a, pool.up_b, pool.down_a, pool.down_b
+        info = self.legacy.lora_info(batch, *weights, case.rank, self.virtual, False)
+        hooks = self.legacy.hooks(x, info, routing.topk_ids)  # the virtual experts' grouping stays with the hooks too
+
+        def forward() -> torch.Tensor:
+            layer.route()
+            y1 = layer.gate_up()
+            rows = y1.view(case.rows, case.model.top_k, -1)
+            hooks.after_gate_up(x, rows, routing.topk_weights, routing.topk_ids)
+            h = layer.act(y1)
+            y2 = layer.down(h)
+            rows = y2.view(case.rows, case.model.top_k, -1)
+            hooks.after_down(h, rows, routing.topk_weights, routing.topk_ids)
+            return layer.reduce(y2)
+
+        return forward
+
+
+class Virtual(Classic):
+    """SGLang's hooks over slots * experts virtual experts."""
+
+    name = "virtual"
+    virtual = True
+
+
+class V2Moe(_Peer):
+    """SGLang's layer with its own base GEMMs. It must run once on a stream before that is captured, as all calls do."""
+
+    name = "v2"
+    package = "sglang_lora_ops"
+    pair_order = False
+
+    def start(self, problem: MoeProblem) -> None:
+        case, model = problem.case, problem.case.model
+        self.v2 = self.api.MoEV2(problem.w13, problem.w2, model.top_k, case.rank, model.gated, model.act)
+
+    def forward(self, problem: MoeProblem, routing: Routing) -> Call:
+        v2, pool, case = self.v2, problem.pools[routing.pool], problem.case
+        arguments = (problem.x, routing.topk_ids, routing.topk_weights)
+        arguments += (pool.up_a, pool.up_b, pool.down_a, pool.down_b, routing.slots)
+        graph = problem.device.type == "cuda"
+        return lambda: v2.forward(*arguments, is_prefill=not case.is_decode, use_cuda_graph=graph)
+
+
+#: By name, in the order of the tables.
+MOE_PEERS = {peer.name: peer for peer in (VllmMoe, Classic, Virtual, V2Moe)}
+
+
+def find_base(wanted: str) -> ModuleType | None:
+    """``sglang_lora_ops.api``, or None for torch's GEMMs.
+
+    Args:
+        wanted: ``auto``: torch where the package cannot be imported. To be asked after
+            :func:`polylora.bench.peers.find_peers`,
+            which may have been told a folder to look in.
+
+    Raises:
+        ImportError: ``triton`` is wanted and cannot be had.
+    """
+    if wanted == "torch":
+        return None
+    try:
+        return importlib.import_module("sglang_lora_ops.api")
+    except Exception as error:  # whatever importing somebody else's package raises
+        if wanted == "triton":
+            raise ImportError(f"sglang_lora_ops: {type(error).__name__}: {error}") from None
+    return None
