@@ -102,6 +102,18 @@ MODULES = {
 }
 
 
+def check_ranges(case: str, *ranges: tuple[str, int, int]) -> None:
+    """Raises ValueError where one of ``(what, value, top)`` has a value outside [1, top]."""
+    for what, value, top in ranges:
+        if not 1 <= value <= top:
+            raise ValueError(f"case {case}: {what} must be in [1, {top}], got {value}")
+
+
+def regime_of(rows: int) -> str:
+    """The one of :data:`REGIMES` that a layer with so many rows belongs to."""
+    return "M <= 32" if rows <= SMALL_ROWS else "M 64-256" if rows <= DECODE_ROWS else "prefill"
+
+
 def usual_adapters(rows: int) -> int:
     """Distinct adapters of a case that names none: as many as rows in decode up to 32, four in prefill."""
     return min(rows, 32) if rows <= DECODE_ROWS else 4
@@ -119,16 +131,15 @@ class Case:
     def __post_init__(self) -> None:
         module = self.module
         inputs = ("vocabulary", module.vocab) if module.is_embedding else ("inputs", module.k)
-        for what, value, top in (
+        check_ranges(
+            self.name,
             ("rank", self.rank, MAX_RANK),
             ("rows", self.rows, 2**27),
             ("adapters", self.adapters, self.rows),
             ("slices", len(module.widths), 1 if module.is_embedding else MAX_SLICES),
             (*inputs, 2**31 - 1),
             ("narrowest slice", min(module.widths, default=0), 2**23),
-        ):
-            if not 1 <= value <= top:
-                raise ValueError(f"case {self.name}: {what} must be in [1, {top}], got {value}")
+        )
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -154,7 +165,7 @@ class Case:
             return "embedding"
         if self.module.is_lm_head:
             return "lm_head"
-        return "M <= 32" if self.rows <= SMALL_ROWS else "M 64-256" if self.is_decode else "prefill"
+        return regime_of(self.rows)
 
     @property
     def weight_bytes(self) -> int:

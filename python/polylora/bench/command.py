@@ -145,12 +145,12 @@ def _wanted(arguments: argparse.Namespace, known: Mapping[str, Any]) -> list[str
     return wanted
 
 
-def _find(
-    what: str, arguments: argparse.Namespace, wanted: list[str], known: Mapping[str, Any]
-) -> list[Implementation]:
-    """The peers; on the way refuses where there is no GPU."""
+def _peers(what: str, arguments: argparse.Namespace, known: Mapping[str, Any]) -> list[Implementation]:
+    """The peers; on the way refuses what makes no sense, and where there is no GPU."""
     from polylora.bench import peers
 
+    wanted = _wanted(arguments, known)
+    _check_files(arguments)
     if why := _why_no_gpu():
         raise _Stop(
             NO_GPU,
@@ -215,9 +215,7 @@ def _bench_linear(arguments: argparse.Namespace) -> int:
 
     def command() -> list[str]:
         chosen = _chosen(arguments, cases.Case.parse, cases.PRESETS)
-        wanted = _wanted(arguments, peers.PEERS)
-        _check_files(arguments)
-        found = _find("linear", arguments, wanted, peers.PEERS)
+        found = _peers("linear", arguments, peers.PEERS)
         options = linear.Options(
             cases=chosen,
             implementations=[peers.Polylora(path) for path in _own_paths(arguments)] + found,
@@ -237,9 +235,7 @@ def _bench_moe(arguments: argparse.Namespace) -> int:
 
     def command() -> list[str]:
         chosen = _chosen(arguments, moe_cases.MoeCase.parse, moe_cases.PRESETS)
-        wanted = _wanted(arguments, moe_peers.MOE_PEERS)
-        _check_files(arguments)
-        found = _find("moe", arguments, wanted, moe_peers.MOE_PEERS)
+        found = _peers("moe", arguments, moe_peers.MOE_PEERS)
         try:
             base = moe_peers.find_base(arguments.base)
         except ImportError as error:

@@ -14,7 +14,7 @@ from polylora.bench.cases import Case, Module
 from polylora.bench.peers import Call, Implementation
 from polylora.bench.problem import COLD, Problem, sets_that_fit, weight_sets
 from polylora.bench.report import OK, Record, Sink, Table, cell, number, write_means
-from polylora.bench.run import DeviceLost, Progress, Run, Timer, describe_run, timed
+from polylora.bench.run import DeviceLost, Progress, Run, Timer, compared, compared_head, describe_run, timed
 
 __all__ = ["DeviceLost", "Options", "run"]
 
@@ -98,11 +98,7 @@ class _Run(Run):
 
     def _alone_table(self) -> Table:
         names = [i.name for i in self.implementations]
-        head = ["case", "weights MB", "x+y MB", "floor", *names]
-        if self.ours:
-            head.append(f"{self.ours[0].name}/floor")
-            if len(names) > len(self.ours):
-                head.append("best peer/ours")
+        head = ["case", "weights MB", "x+y MB", "floor", *names, *compared_head(self.implementations)]
         self.sink.text("us a call in a CUDA graph, cold weights:\n")
         return Table(self.sink, head, self.names)
 
@@ -179,13 +175,7 @@ class _Run(Run):
             found = [self._measure("linear", case, problem, i, measure) for i in self.implementations]
         cells = [case.name, number(case.weight_bytes / 1e6), number(case.xy_bytes / 1e6), number(case.floor_us)]
         cells += map(cell, found)
-        if self.ours:
-            mine = next(record for record in found if record["ours"])
-            cells.append(cell(mine, "ratio"))
-            if len(found) > len(self.ours):
-                best = min((r["us"] for r in found if not r["ours"] and r["status"] == OK), default=math.nan)
-                cells.append(number(best / mine["us"] if mine["status"] == OK else None))
-        self.table.row(cells)
+        self.table.row(cells + compared(found))
 
     def _chain(self, case: Case) -> None:
         k, n, size = case.module.k, case.module.width, torch.finfo(self.options.dtype).bits // 8

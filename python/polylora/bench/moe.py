@@ -5,7 +5,6 @@ Added = the whole forward with LoRA minus the forward without, the same base GEM
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -19,7 +18,7 @@ from polylora.bench.moe_peers import MoePolylora
 from polylora.bench.moe_problem import MoeProblem
 from polylora.bench.peers import Call, Implementation
 from polylora.bench.report import OK, Record, Sink, Table, cell, number, write_means
-from polylora.bench.run import Progress, Run, Timer, describe_run, timed
+from polylora.bench.run import Progress, Run, Timer, compared, compared_head, describe_run, timed
 
 #: A result may be this far from float64: ||out - right|| / ||right - base||, of the worst token. The base's roundings
 #: of y1, h and y2 to bf16 are in it, about 1e-2; a token that lacks the delta of one of 22 experts is at 0.2 or so.
@@ -70,7 +69,6 @@ class _MoeRun(Run):
         self.options = options
         self.implementations = list(options.implementations)
         self.ours = [i for i in self.implementations if i.ours]
-        self.peers = len(self.implementations) > len(self.ours)
         self.bars = any(case.name in BARS for case in options.cases)
 
     def run(self) -> list[str]:
@@ -89,11 +87,7 @@ class _MoeRun(Run):
         head = ["case", "weights MB", "at 3 TB/s", *(["bar"] if self.bars else []), "base"]
         for i in self.implementations:
             head += [i.name, "quartiles".rjust(16)]
-        if self.ours:
-            head.append(f"{self.ours[0].name}/floor")
-            head += ["best peer/ours"] if self.peers else []
-            head += [f"{op} alone" for op in OPS]
-        return head
+        return head + compared_head(self.implementations) + ([f"{op} alone" for op in OPS] if self.ours else [])
 
     def _case(self, case: MoeCase) -> None:
         with self.timer.scope():
@@ -182,11 +176,8 @@ class _MoeRun(Run):
         for record in found:
             spread = f"{record['low_us']:.2f}..{record['high_us']:.2f}" if record in fine else ""
             cells += [cell(record), spread]
+        cells += compared(found)
         if self.ours:
             mine = next(record for record in found if record["ours"])
-            cells.append(cell(mine, "ratio"))
-            if self.peers:
-                best = min((record["us"] for record in fine if not record["ours"]), default=math.nan)
-                cells.append(number(best / mine["us"] if mine in fine and mine["us"] > 0 else None))
             cells += [number(mine.get(f"{op}_us")) for op in OPS]
         self.table.row(cells)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from polylora.bench.cases import DECODE_ROWS, ELEMENT, MAX_RANK, SMALL_ROWS
+from polylora.bench.cases import DECODE_ROWS, ELEMENT, MAX_RANK, check_ranges, regime_of
 
 #: Adapters.
 SLOTS = 8
@@ -92,16 +92,15 @@ class MoeCase:
 
     def __post_init__(self) -> None:
         model = self.model
-        for what, value, top in (
+        check_ranges(
+            self.name,
             ("rank", self.rank, MAX_RANK),
             ("rows", self.rows, 2**20),
             ("hidden size", model.hidden, 2**20),
             ("experts' width", model.inner, 2**20),
             ("experts", model.experts, 2**15),
             ("experts a token", model.top_k, model.experts),
-        ):
-            if not 1 <= value <= top:
-                raise ValueError(f"case {self.name}: {what} must be in [1, {top}], got {value}")
+        )
         if model.act == "swiglu_oai" and not model.gated:
             raise ValueError(f"case {self.name}: swiglu_oai must be gated")
 
@@ -129,7 +128,7 @@ class MoeCase:
     @property
     def regime(self) -> str:
         """The one of :data:`polylora.bench.cases.REGIMES` whose means the case counts in."""
-        return "M <= 32" if self.rows <= SMALL_ROWS else "M 64-256" if self.is_decode else "prefill"
+        return regime_of(self.rows)
 
     @property
     def pairs(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 import polylora
-from polylora.bench.report import OK, Record, Sink
+from polylora.bench.report import OK, Record, Sink, cell, number
 from polylora.bench.timing import Call, Timing
 
 Progress = Callable[[str], None]
@@ -87,6 +87,27 @@ def timed(timing: Timing) -> Record:
     """The fields of a time in a record."""
     times = {"us": timing.us, "low_us": timing.low, "high_us": timing.high}
     return times | {"calls": timing.calls, "samples": timing.samples}
+
+
+def compared_head(implementations: Sequence[Implementation]) -> list[str]:
+    """The columns that :func:`compared` fills; none without polylora, one less without peers."""
+    ours = [i.name for i in implementations if i.ours]
+    if not ours:
+        return []
+    return [f"{ours[0]}/floor"] + (["best peer/ours"] if len(ours) < len(implementations) else [])
+
+
+def compared(found: Sequence[Record]) -> list[str]:
+    """polylora's time over the floor, and the best peer's over polylora's, of a case's records."""
+    ours = [record for record in found if record["ours"]]
+    if not ours:
+        return []
+    mine = ours[0]
+    cells = [cell(mine, "ratio")]
+    if len(ours) < len(found):
+        best = min((r["us"] for r in found if not r["ours"] and r["status"] == OK), default=math.nan)
+        cells.append(number(best / mine["us"] if mine["status"] == OK and mine["us"] > 0 else None))
+    return cells
 
 
 class Run:
