@@ -84,37 +84,28 @@ class CudaBackend {
   void moe_plan(const MoePlanParams& p) const { check("moe_plan", cuda::moe_plan(p, stream_)); }
   void shrink(const LoraParams& p) const { check("shrink", cuda::shrink(p, stream_)); }
   void expand(const LoraParams& p) const { check("expand", cuda::expand(p, stream_)); }
-  int64_t shrink_scratch(const LoraParams& p) const {
-    int64_t bytes = 0;
-    check("shrink", cuda::shrink_scratch(p, bytes));
-    return bytes;
-  }
-  int64_t linear_scratch(const LoraParams& p) const {
-    int64_t bytes = 0;
-    check("linear", cuda::linear_scratch(p, bytes));
-    return bytes;
-  }
+  int64_t shrink_scratch(const LoraParams& p) const { return scratch("shrink", cuda::shrink_scratch, p); }
+  int64_t linear_scratch(const LoraParams& p) const { return scratch("linear", cuda::linear_scratch, p); }
   void linear(const LoraParams& p) const { check("linear", cuda::linear(p, stream_)); }
-  int64_t embedding_scratch(const EmbeddingParams& p) const {
-    int64_t bytes = 0;
-    check("embedding", cuda::embedding_scratch(p, bytes));
-    return bytes;
-  }
+  int64_t embedding_scratch(const EmbeddingParams& p) const { return scratch("embedding", cuda::embedding_scratch, p); }
   void embedding(const EmbeddingParams& p) const { check("embedding", cuda::embedding(p, stream_)); }
   int64_t gate_up_act_scratch(const GateUpActParams& p) const {
-    int64_t bytes = 0;
-    check("gate_up_act", cuda::gate_up_act_scratch(p, bytes));
-    return bytes;
+    return scratch("gate_up_act", cuda::gate_up_act_scratch, p);
   }
   void gate_up_act(const GateUpActParams& p) const { check("gate_up_act", cuda::gate_up_act(p, stream_)); }
   int64_t down_reduce_scratch(const DownReduceParams& p) const {
-    int64_t bytes = 0;
-    check("down_reduce", cuda::down_reduce_scratch(p, bytes));
-    return bytes;
+    return scratch("down_reduce", cuda::down_reduce_scratch, p);
   }
   void down_reduce(const DownReduceParams& p) const { check("down_reduce", cuda::down_reduce(p, stream_)); }
 
  private:
+  template <typename Params>
+  static int64_t scratch(const char* kernel, cudaError_t (*ask)(const Params&, int64_t&), const Params& params) {
+    int64_t bytes = 0;
+    check(kernel, ask(params, bytes));
+    return bytes;
+  }
+
   static void check(const char* kernel, cudaError_t error) {
     if (error != cudaSuccess) {
       throw std::runtime_error(std::string("polylora: launching ") + kernel + " failed: " + cudaGetErrorName(error) +

@@ -178,6 +178,11 @@ bool adds_something(const Checker& check, const Tensor& like, const LoraParams& 
   return p.plan.header[kPlanRuns] > 0;
 }
 
+void set_v_width(const Checker& check, LoraParams& p, int64_t v_width) {
+  check.range("v_width", v_width, 0, kMaxInt32);
+  p.v_width = static_cast<int32_t>(v_width);
+}
+
 // Working memory of `bytes` for one call, or nothing.
 OptionalTensor scratch(LoraParams& p, const Tensor& like, int64_t bytes) {
   if (bytes == 0) return std::nullopt;
@@ -195,8 +200,7 @@ void run_shrink(const Backend& backend, LoraParams& p, const Tensor& like) {
 // shrink and expand in one call, in whatever form the backend wants v between them.
 template <class Backend>
 void run_linear(const Checker& check, LoraParams& p, const Tensor& like, int64_t v_width) {
-  check.range("v_width", v_width, 0, kMaxInt32);
-  p.v_width = static_cast<int32_t>(v_width);
+  set_v_width(check, p, v_width);
   if (!adds_something(check, like, p)) return;
   const Backend backend(like);
   const OptionalTensor memory = scratch(p, like, backend.linear_scratch(p));
@@ -460,8 +464,7 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   p.h_stride = Checker::pitch(h);
   p.alpha = static_cast<float>(alpha);
   p.limit = static_cast<float>(limit);
-  check.range("v_width", v_width, 0, kMaxInt32);
-  p.lora.v_width = static_cast<int32_t>(v_width);
+  set_v_width(check, p.lora, v_width);
   if (p.lora.rows == 0 || set.width[0] == 0) return;
   adds_something(check, h, p.lora);  // for its checks: rows without an adapter are written, too
   const Backend backend(h);
@@ -486,8 +489,7 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   p.out = out.data_ptr();
   p.out_stride = Checker::pitch(out);
   p.y_weighted = y2_weighted;
-  check.range("v_width", v_width, 0, kMaxInt32);
-  p.lora.v_width = static_cast<int32_t>(v_width);
+  set_v_width(check, p.lora, v_width);
   if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
   adds_something(check, out, p.lora);  // for its checks: tokens without an adapter are written, too
   const Backend backend(out);

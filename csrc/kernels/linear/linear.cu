@@ -84,8 +84,6 @@ cudaError_t choose_embedding(const EmbeddingParams& params, Path& path) {
                 is_wide_lookup(params.lora) ? Path::kWide : Path::kMma);
 }
 
-bool adds_nothing(const LoraParams& params) { return params.rows == 0 || params.slices.groups == 0; }
-
 // How the mma path shares K.
 struct MmaSplit {
   bool narrow;
@@ -101,7 +99,7 @@ cudaError_t scratch_of(const LoraParams& params, Path path, int64_t& bytes) {
   if (path == Path::kCluster) return cudaSuccess;
   if (path == Path::kWide) return wide_scratch(params, bytes);
   if (path == Path::kGeneral) {
-    bytes = params.rows * params.v_width * int64_t{sizeof(float)};
+    bytes = v_bytes(params);
     return cudaSuccess;
   }
   MmaSplit split{};
@@ -121,11 +119,7 @@ cudaError_t launch_linear(const LoraParams& params, Path path, cudaStream_t stre
     if (error != cudaSuccess) return error;
     return (split.narrow ? expand_narrow_path : expand_wide_path)(params, split.parts, stream);
   }
-  LoraParams with_v = params;
-  with_v.v = static_cast<float*>(params.scratch);
-  with_v.v_stride = params.v_width;
-  const cudaError_t error = shrink_general_path(with_v, stream);
-  return error == cudaSuccess ? expand_general_path(with_v, stream) : error;
+  return linear_general_path(params, stream);
 }
 
 // A call in two parts, which may run side by side: its short runs by decode's path, and the others.
@@ -145,6 +139,12 @@ cudaError_t split_call(const LoraParams& params, TwoParts& parts) {
 }
 
 }  // namespace
+
+cudaError_t linear_general_path(const LoraParams& params, cudaStream_t stream) {
+  const LoraParams with_v = with_v_in_scratch(params);
+  const cudaError_t error = shrink_general_path(with_v, stream);
+  return error == cudaSuccess ? expand_general_path(with_v, stream) : error;
+}
 
 bool batch_invariant() { return is_set(getenv("POLYLORA_BATCH_INVARIANT"), "1"); }
 

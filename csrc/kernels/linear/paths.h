@@ -7,6 +7,8 @@
 
 namespace polylora::cuda {
 
+inline bool adds_nothing(const LoraParams& params) { return params.rows == 0 || params.slices.groups == 0; }
+
 /// linear in one launch: decode, clusters of blocks (9.0 and later).
 bool cluster_path_serves(const LoraParams& params);
 cudaError_t linear_cluster_path(const LoraParams& params, cudaStream_t stream);
@@ -45,7 +47,15 @@ cudaError_t embedding_narrow_path(const EmbeddingParams& params, cudaStream_t st
 /// POLYLORA_BATCH_INVARIANT: sums in an order that no other row and no number of rows changes.
 bool batch_invariant();
 
-/// Everything.
+/// Everything. Both halves in a call have v in its scratch.
+inline LoraParams with_v_in_scratch(const LoraParams& params) {
+  LoraParams with_v = params;
+  with_v.v = static_cast<float*>(params.scratch);
+  with_v.v_stride = params.v_width;
+  return with_v;
+}
+inline int64_t v_bytes(const LoraParams& params) { return params.rows * params.v_width * int64_t{sizeof(float)}; }
+cudaError_t linear_general_path(const LoraParams& params, cudaStream_t stream);
 cudaError_t shrink_general_path(const LoraParams& params, cudaStream_t stream);
 cudaError_t expand_general_path(const LoraParams& params, cudaStream_t stream);
 cudaError_t embedding_general_path(const EmbeddingParams& params, cudaStream_t stream);

@@ -14,17 +14,6 @@ cudaError_t choose_moe(bool serves, Path& path) {
   return choose({{false, false, serves, true}}, {{false, false, true, true}}, path, Path::kMma);
 }
 
-bool adds_nothing(const LoraParams& p) { return p.rows == 0 || p.slices.groups == 0; }
-
-// The general path's v, in scratch.
-LoraParams with_v(const LoraParams& p) {
-  LoraParams with = p;
-  with.v = static_cast<float*>(p.scratch);
-  with.v_stride = p.v_width;
-  return with;
-}
-int64_t v_bytes(const LoraParams& p) { return p.rows * p.v_width * int64_t{sizeof(float)}; }
-
 }  // namespace
 
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes) {
@@ -36,12 +25,9 @@ cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes) {
 
 cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream) {
   Path path;
-  cudaError_t error = choose_moe(moe_stream_serves(p), path);
+  const cudaError_t error = choose_moe(moe_stream_serves(p), path);
   if (error != cudaSuccess) return error;
-  if (path == Path::kMma) return moe_linear_path(p, stream);
-  const LoraParams general = with_v(p);
-  error = shrink_general_path(general, stream);
-  return error == cudaSuccess ? expand_general_path(general, stream) : error;
+  return (path == Path::kMma ? moe_linear_path : linear_general_path)(p, stream);
 }
 
 cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
@@ -58,7 +44,7 @@ cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (path == Path::kMma) return moe_gate_up_act_path(g, stream);
   GateUpActParams general = g;
-  general.lora = with_v(g.lora);
+  general.lora = with_v_in_scratch(g.lora);
   if (!adds_nothing(g.lora)) error = shrink_general_path(general.lora, stream);
   return error == cudaSuccess ? gate_up_act_general_path(general, stream) : error;
 }
@@ -77,7 +63,7 @@ cudaError_t down_reduce(const DownReduceParams& d, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (path == Path::kMma) return moe_down_reduce_path(d, stream);
   DownReduceParams general = d;
-  general.lora = with_v(d.lora);
+  general.lora = with_v_in_scratch(d.lora);
   if (!adds_nothing(d.lora)) error = shrink_general_path(general.lora, stream);
   return error == cudaSuccess ? down_reduce_general_path(general, stream) : error;
 }

@@ -4,8 +4,8 @@
 // tile of the plan (up to 16 rows of a group) and a part of K or of the outputs; blocks of four warps take units in
 // turn. Each warp brings its share of a unit's weights through a ring of its own (cp.async), and goes on to the next
 // unit's before it has multiplied this one's, so that the memory never waits for a sum. A block looks up what it will
-// work on for up to kBatch units at once, a thread each: the reads depend on each other, and their instructions would
-// be most of a small unit's.
+// work on for up to kBatch units at once, sixteen threads each: the reads depend on each other, and their instructions
+// would be most of a small unit's.
 #pragma once
 
 #include "linear/task.cuh"
