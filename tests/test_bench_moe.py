@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import polylora
@@ -259,40 +260,40 @@ def test_activations_are_those_of_the_ops():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-def test_polylora_is_right_on_torchs_base(case, fused):
+@pytest.mark.parametrize("seams", moe_peers.SEAMS)
+def test_polylora_is_right_on_torchs_base(case, seams):
     problem = problem_of(case)
     assert problem.check_base() < 1.2e-2
-    assert 0 < problem.check(MoePolylora(fused=fused).prepare(problem)) < 2e-2
+    assert 0 < problem.check(MoePolylora(seams=seams).prepare(problem)) < 2e-2
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("seams", moe_peers.SEAMS)
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
-def test_polylora_is_right_on_a_base_that_weights_its_pairs(case, fused, sglang):
+def test_polylora_is_right_on_a_base_that_weights_its_pairs(case, seams, sglang):
     problem = problem_of(case, base=sglang)
     assert isinstance(problem.base, TritonBase) and problem.base.weighted
     assert problem.check_base() < 1.5e-2
-    assert 0 < problem.check(MoePolylora(fused=fused).prepare(problem)) < 2.5e-2
+    assert 0 < problem.check(MoePolylora(seams=seams).prepare(problem)) < 2.5e-2
 
 
 @pytest.mark.parametrize("how", ["nobody", "wrong slots", "no down", "NaN", "no weights"])
 def test_a_wrong_polylora_is_found(how):
     class Broken(MoePolylora):
         def _ops(self, problem, layer, plan):
-            fill, up, down = super()._ops(problem, layer, plan)
+            ops = super()._ops(problem, layer, plan)
             if how == "nobody":
                 slots, ids = torch.full_like(layer.routing.slots, -1), layer.routing.topk_ids
                 args, plan_op = (SLOTS, problem.case.model.experts, None), torch.ops.polylora.moe_plan
-                return lambda: plan_op(plan, ids, slots, *args, layer.row_map), up, down
+                return replace(ops, fill=lambda: plan_op(plan, ids, slots, *args, layer.row_map))
             if how == "wrong slots":
                 layer.routing.slots.copy_((layer.routing.slots + 1) % SLOTS)
             if how == "no down":
-                return fill, up, layer.reduce
+                return replace(ops, down=layer.reduce)
             if how == "NaN":
-                return fill, up, lambda y2: (down(y2), layer.out[-1].fill_(math.nan))
+                return replace(ops, down=lambda y2: (ops.down(y2), layer.out[-1].fill_(math.nan)))
             if how == "no weights":
                 layer.routing.topk_weights.fill_(1 / problem.case.model.top_k)
-            return fill, up, down
+            return ops
 
     failures, records, tables, _ = run([Broken(), Scaled("peer")])
     if how in ("wrong slots", "no weights"):  # the peer meets the same routing, but the references were made before
@@ -322,18 +323,17 @@ def test_one_token_of_many_without_its_delta_is_found():
 
 
 def test_every_implementation_is_checked_and_timed():
-    ours = [MoePolylora(), MoePolylora(fused=False, side_plan=True)]
+    ours = [MoePolylora(), MoePolylora(seams="fused"), MoePolylora(seams="added")]
     failures, records, tables, said = run([*ours, Scaled("peer")], chosen=CASES)
     assert failures == [] and records[0]["kind"] == "run" and records[0]["base"] == "torch"
-    for name in ("polylora", "polylora:unfused:side", "peer"):
+    for name in ("polylora", "polylora:fused", "polylora:added", "peer"):
         found = of(records, name)
         assert [r["case"] for r in found] == [case.name for case in CASES] and {r["status"] for r in found} == {"ok"}
         for r in found:
             assert r["base_us"] > 0 and r["low_us"] < r["us"] < r["high_us"] and 0 < r["error"] < moe.ERROR_BOUND
             assert r["ratio"] == pytest.approx(r["us"] / r["floor_us"])
             assert r["floor_us"] == pytest.approx(r["weights_mb"] / 3.0)
-    (unfused,) = {(r["fused"], r["plan_stream"]) for r in of(records, "polylora:unfused:side")}
-    assert unfused == (False, "side")
+    assert {r["seams"] for r in of(records, "polylora:added")} == {"added"}
     assert all(r[f"{op}_us"] > 0 for r in of(records, "polylora") for op in moe.OPS)
     assert all(case.name in tables for case in CASES) and "best peer/ours" in tables and "gate_up alone" in tables
     assert "bar" not in tables.splitlines()[2] and "prefill" in tables
@@ -564,19 +564,20 @@ SMALL = ["--case", CASES[0].name, "--case", CASES[1].name]
 
 def test_results_go_where_they_were_asked_for(made_up_gpu, tmp_path, capsys):
     saved = tmp_path / "r.jsonl"
-    code, out, err = command(*SMALL, "--json", saved, "--filter", "M40", "--unfused", "--side-plan", capsys=capsys)
+    code, out, err = command(*SMALL, "--json", saved, "--filter", "M40", "--seams", "fused,added", capsys=capsys)
     assert code == 0 and "1 of 1: moe:64x48,e16,k5,relu2 r16 M40" in err and "without classic" in err
     records = report.load(saved)
-    assert [r["kind"] for r in records] == ["run", "moe", "moe"] and records[0]["side_plan"]
-    assert [r["implementation"] for r in records[1:]] == ["polylora:side", "polylora:unfused:side"]
+    assert [r["kind"] for r in records] == ["run", "moe", "moe"] and records[0]["seams"] == ["fused", "added"]
+    assert [r["implementation"] for r in records[1:]] == ["polylora:fused", "polylora:added"]
     code, out, _ = command(*SMALL, "--peers", "none", "--json", "-", "--paths", "auto,general", capsys=capsys)
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r["implementation"] for r in of(records)] == ["polylora", "polylora:general"] * 2
-    assert {r["plan_stream"] for r in of(records)} == {"same"}
+    assert {r["seams"] for r in of(records)} == {"beside"}
 
 
 def test_a_run_that_polylora_fails_exits_with_1(made_up_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(MoePolylora, "_ops", lambda self, *_: (lambda: None, lambda y1: None, lambda y2: None))
+    nothing = moe_peers._Ops(lambda: None, None, lambda y1: None, None, lambda y2: None)
+    monkeypatch.setattr(MoePolylora, "_ops", lambda self, *_: nothing)
     code, out, err = command(*SMALL, "--peers", "none", capsys=capsys)
     assert code == 1 and f"failed: polylora on {CASES[0].name}" in err and "wrong" in out
 
@@ -604,6 +605,12 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(argv, what, capsys)
     assert (code, out) == (2, "") and what in err
 
 
+def test_seams_that_there_are_not_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "moe", "--seams", "between"])
+    assert caught.value.code == 2 and "must be of beside, fused, added, got 'between'" in capsys.readouterr().err
+
+
 def test_the_command_offers_the_presets_and_peers_there_are(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "moe", "--help"])
@@ -619,7 +626,7 @@ def test_the_base_is_torchs_where_sglangs_cannot_be_imported(made_up_gpu):
 
 
 @pytest.mark.cuda_only
-@pytest.mark.parametrize("options", [[], ["--unfused", "--side-plan"]], ids=["fused", "unfused_side"])
+@pytest.mark.parametrize("options", [[], ["--seams", "fused,added"]], ids=["beside", "the_others"])
 def test_a_small_run_on_the_gpu(device, options, tmp_path, capsys):
     if not polylora.has_cuda_kernels():
         pytest.skip("this build has no CUDA kernels")

@@ -28,6 +28,9 @@ def valid_calls(device: str) -> dict[str, dict]:
     act = {name: value for name, value in gate_up.items() if name != "y"}
     out = torch.zeros((18, 24), dtype=DTYPE, device=device)
     reduce = dict(h=down.x, **down.args(), plan=moe.plan, topk_weights=moe.topk_weights)
+    delta = torch.zeros((18, 48), dtype=DTYPE, device=device)
+    of_up = only(gate_up, "a", "b", "table", "plan", "widths", "v_width")
+    seam = ("table", "plan", "widths", "cols")
     return {
         "plan": {"plan": dense.plan, "group_ids": dense.group_ids, "num_groups": 3},
         "moe_plan": {
@@ -45,7 +48,14 @@ def valid_calls(device: str) -> dict[str, dict]:
         "moe_down_": dict(y=down.y.view, **reduce),
         "moe_gate_up_act": dict(h=out, y1=up.y.view, **act, act=0),
         "moe_down_reduce": dict(out=out[:6], y2=down.y.view, **reduce),
+        "moe_delta": dict(delta=delta, x=up.x, **of_up, top_k=3, topk_weights=moe.topk_weights),
+        "moe_act": dict(h=out, y1=up.y.view, delta=delta, **only(act, *seam), act=0, col_stride=1, mapped_pairs=0),
+        "moe_reduce": dict(out=out[:6], y2=down.y.view, delta=delta[:, :24], **only(reduce, *seam, "topk_weights")),
     }
+
+
+def only(call: dict, *names: str) -> dict:
+    return {name: call[name] for name in names}
 
 
 # Arguments by kind. A wrong size may be blamed on whichever argument it then disagrees with.
@@ -58,9 +68,13 @@ MATRICES = {
     "moe_down_": ("y", "h"),
     "moe_gate_up_act": ("h", "y1", "x"),
     "moe_down_reduce": ("out", "y2", "h"),
+    "moe_delta": ("delta", "x"),
+    "moe_act": ("h", "y1", "delta"),
+    "moe_reduce": ("out", "y2", "delta"),
 }
 OUTPUT = {"plan": "plan", "moe_plan": "plan", "shrink": "v", "expand_": "y", "linear_": "y", "embedding_": "y",
-          "moe_gate_up_": "y", "moe_down_": "y", "moe_gate_up_act": "h", "moe_down_reduce": "out"}  # fmt: skip
+          "moe_gate_up_": "y", "moe_down_": "y", "moe_gate_up_act": "h", "moe_down_reduce": "out", "moe_delta": "delta",
+          "moe_act": "h", "moe_reduce": "out"}  # fmt: skip
 SIZED = ("plan", "token_ids", "topk_weights", "row_map", "top_k", "vocab")
 
 Change = tuple[str, dict, tuple[str, ...]]  # description, changed arguments, arguments that may be blamed
@@ -88,7 +102,7 @@ def matrix_changes(op: str, name: str, t: Tensor) -> Iterator[Change]:
     yield "overlapping rows", {name: t.contiguous().flatten().as_strided(t.shape, (t.shape[1] - 1, 1))}, (name,)
     yield "a row more", {name: torch.cat([t, t[:1]])}, (name, *others)
     yield "a row less", {name: t[:-1]}, (name, *others)
-    if name in ("x", "h") or (op, name) == ("moe_down_reduce", "out"):
+    if name in ("x", "h", "delta") or (op, name) in (("moe_down_reduce", "out"), ("moe_reduce", "out")):
         yield "a column less", {name: t[:, :-1]}, (name, *others)
         yield "a column more", {name: torch.cat([t, t[:, :1]], 1)}, (name, *others)
     if name in ("y", "y1", "y2"):
@@ -165,15 +179,16 @@ def changes(op: str, call: dict) -> Iterator[Change]:
         if name in call:
             yield from ids_changes(name, call[name])
     if "widths" in call:
-        widths, cols = call["widths"], call["cols"]
-        for name in ("widths", "cols"):
+        widths, cols = call["widths"], call.get("cols")
+        for name in ("widths", "cols") if cols else ("widths",):
             yield "one missing", {name: call[name][:-1]}, (name,)
             yield "one more", {name: call[name] + [0]}, (name,)
             yield "nine", {name: [1] * 9}, (name,)
             yield "negative", {name: [-1] + call[name][1:]}, ("widths", "cols")
-        yield "beyond y", {"cols": cols[:-1] + [10**6]}, ("cols", "widths")
-        yield "far beyond y", {"cols": cols[:-1] + [2**62]}, ("cols", "widths")
-        yield "wider than y", {"widths": [10**6] * len(widths)}, ("widths", "cols", "out", "h")
+        if cols:
+            yield "beyond y", {"cols": cols[:-1] + [10**6]}, ("cols", "widths")
+            yield "far beyond y", {"cols": cols[:-1] + [2**62]}, ("cols", "widths")
+        yield "wider than y", {"widths": [10**6] * len(widths)}, ("widths", "cols", "out", "h", "delta")
         yield "beyond 32 bits", {"widths": [2**32 + w for w in widths]}, ("widths", "cols", "out", "h")
     if "v_width" in call:
         yield "negative", {"v_width": -1}, ("v_width",)
@@ -202,7 +217,7 @@ def changes(op: str, call: dict) -> Iterator[Change]:
         good = torch.zeros(18, dtype=torch.int32, device=call["plan"].device)
         yield "int64", {"row_map": good.long()}, ("row_map",)
         yield "2-D", {"row_map": good[None]}, ("row_map",)
-        yield "one less", {"row_map": good[:-1]}, ("row_map", "y", "y1", "y2")
+        yield "one less", {"row_map": good[:-1]}, ("row_map", "y", "y1", "y2", "delta")
         yield "given, though not to moe_plan", {"row_map": good}, ("row_map", "plan")
     if "topk_weights" in call:
         weights = call["topk_weights"]
@@ -211,14 +226,15 @@ def changes(op: str, call: dict) -> Iterator[Change]:
         yield "strided", {"topk_weights": strided(weights)}, ("topk_weights",)
         yield "a token less", {"topk_weights": weights[:-1]}, ("topk_weights", *MATRICES[op])
     if "top_k" in call:
-        yield "zero", {"top_k": 0}, ("top_k",)
+        yield "zero", {"top_k": 0}, ("top_k", *(MATRICES[op] if op == "moe_delta" else ()))
         yield "negative", {"top_k": -3}, ("top_k",)
-        yield "of another layer", {"top_k": 2}, ("top_k", *MATRICES[op])
+        yield "of another layer", {"top_k": 2}, ("top_k", "topk_weights", *MATRICES[op])
         yield "beyond 64 bits with the tokens", {"top_k": 2**62}, ("top_k", *MATRICES[op])
+    if "col_stride" in call:
         yield "zero", {"col_stride": 0}, ("col_stride",)
         yield "negative", {"col_stride": -1}, ("col_stride", "cols")
         yield "beyond y", {"col_stride": 100}, ("col_stride", "cols")
-    if op == "moe_gate_up_act":
+    if op in ("moe_gate_up_act", "moe_act"):
         yield "unequal", {"widths": [24, 23]}, ("widths",)
         yield "negative", {"act": -1}, ("act",)
         yield "unknown", {"act": 5}, ("act",)
@@ -226,7 +242,15 @@ def changes(op: str, call: dict) -> Iterator[Change]:
         yield "swiglu without a gate", one | {"act": 4}, ("act",)
         three = {"table": call["table"][:, :1].repeat(1, 3, 1), "widths": [8] * 3, "cols": [0, 8, 16]}
         yield "3 slices", three, ("widths", "table")
-    if op == "moe_down_reduce":
+    if op == "moe_delta":
+        yield "None with a row map and no top_k", {
+            "topk_weights": None, "top_k": 0, "x": call["x"].repeat_interleave(3, 0),
+            "row_map": torch.zeros(18, dtype=torch.int32, device=call["plan"].device),
+        }, ("topk_weights",)  # fmt: skip
+    if op == "moe_act":
+        yield "of a plan without a row map", {"mapped_pairs": 18}, ("plan",)
+        yield "negative", {"mapped_pairs": -1}, ("mapped_pairs",)
+    if op in ("moe_down_reduce", "moe_reduce"):
         two = {"table": call["table"].repeat(1, 2, 1), "widths": [12, 12], "cols": [0, 12]}
         yield "2 slices", two, ("widths", "table")
     if op == "embedding_":

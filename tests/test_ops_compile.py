@@ -45,6 +45,10 @@ def variants(device: str) -> dict[str, tuple[str, dict]]:
     h = torch.zeros((moe.positions, 24), dtype=DTYPE, device=device)
     gate = dict(x=up.x, **up.args(), plan=moe.plan, top_k=moe.top_k, col_stride=2, row_map=moe.row_map)
     reduce = dict(h=down.x, **down.args(), plan=moe.plan, topk_weights=moe.topk_weights, row_map=moe.row_map)
+    of_up = {name: value for name, value in gate.items() if name not in ("cols", "col_stride")}
+    delta = torch.zeros((moe.positions, 48), dtype=DTYPE, device=device)
+    seam = {"table": up.pools.table, "plan": moe.plan, "widths": up.widths, "cols": up.cols, "col_stride": 2}
+    added = {name: value for name, value in reduce.items() if name not in ("h", "a", "b", "v_width")}
     plan = {"plan": moe.plan, "topk_ids": moe.topk_ids, "token_slots": moe.token_slots, "num_slots": moe.slots}
     maps = {"num_experts": moe.experts, "expert_map": moe.expert_map, "row_map": moe.row_map}
     return {
@@ -58,6 +62,15 @@ def variants(device: str) -> dict[str, tuple[str, dict]]:
         "down_reduce, mapped, weighted y2": (
             "moe_down_reduce",
             dict(out=h[: moe.tokens], y2=down.y.view, y2_weighted=True, **reduce),
+        ),
+        "delta, mapped": ("moe_delta", dict(delta=delta, **of_up)),
+        "act, mapped, interleaved": (
+            "moe_act",
+            dict(h=h, y1=up.y.view, delta=delta, act=4, mapped_pairs=moe.topk_ids.numel(), **seam),
+        ),
+        "reduce, mapped": (
+            "moe_reduce",
+            dict(out=h[: moe.tokens], y2=down.y.view, delta=delta[:, :24], y2_weighted=True, **added),
         ),
     }
 
@@ -105,8 +118,7 @@ def test_fakes_refuse_wrong_shapes_and_dtypes(device, op):
         {"table": call["table"][..., :7]},
         {"plan": call["plan"][None]},
     ]
-    if "widths" in call:
-        wrong += [{"widths": call["widths"] + [1]}, {"cols": call["cols"] + [1]}]
+    wrong += [{name: call[name] + [1]} for name in ("widths", "cols") if name in call]
     if op == "embedding_":
         wrong[2] = {"token_ids": call["token_ids"][None]}
     for changed in wrong:
@@ -229,7 +241,7 @@ def test_embedding_and_moe_ops_compile_in_one_graph(device):
         getattr(torch.ops.polylora, name)(**call)
         return call[OUTPUT[name]]
 
-    for op in ("embedding_", "moe_gate_up_", "moe_down_", "moe_gate_up_act", "moe_down_reduce"):
+    for op in (name for name in calls if name == "embedding_" or name.startswith("moe_") and name != "moe_plan"):
         call = {name: cleaned(value) for name, value in calls[op].items()}
         want = run(op, **call)
         torch._dynamo.reset()

@@ -49,6 +49,18 @@ def test_linear_gives_the_same_bits_from_run_to_run(device, dtype, path, rows, s
         ref.assert_same_bits("second run", case.y.buffer, first)
 
 
+def both_deltas(moe, up, down) -> list[torch.Tensor]:
+    found = []
+    for half, more in ((up, {"top_k": moe.top_k}), (down, {"topk_weights": moe.topk_weights})):
+        delta = torch.zeros((moe.positions, sum(half.widths)), dtype=moe.dtype, device=moe.device)
+        p = half.pools
+        ops.moe_delta(
+            delta, half.x, p.a, p.b, p.table, moe.plan, half.widths, p.v_width, row_map=moe.row_map, **more
+        )  # fmt: skip
+        found.append(delta)
+    return found
+
+
 @pytest.mark.trap(12)
 def test_every_other_op_gives_the_same_bits_from_run_to_run(device, dtype, path):
     dense, embed = make_dense_case(device, dtype, rows=40), make_embedding_case(device, dtype, rows=40)
@@ -70,7 +82,13 @@ def test_every_other_op_gives_the_same_bits_from_run_to_run(device, dtype, path)
         ops.moe_down_reduce(out, down.y.view, down.x, **down.args(), **shared, topk_weights=weights)
         ops.moe_gate_up_(up.y.view, up.x, **up.args(), **shared, top_k=moe.top_k)
         ops.moe_down_(down.y.view, down.x, **down.args(), **shared, topk_weights=weights)
-        return [t.clone() for t in (v, dense.y.buffer, embed.y.buffer, h, out, up.y.buffer, down.y.buffer)]
+        h2, out2, (delta, of_down) = torch.zeros_like(h), torch.zeros_like(out), both_deltas(moe, up, down)
+        at, mapped = (up.pools.table, moe.plan, up.widths, up.cols), moe.topk_ids.numel()
+        ops.moe_act(h2, up.y.view, delta, *at, 0, mapped_pairs=mapped)
+        at = (down.pools.table, moe.plan, weights, down.widths, down.cols)
+        ops.moe_reduce(out2, down.y.view, of_down, *at, row_map=moe.row_map)
+        results = (v, dense.y.buffer, embed.y.buffer, h, out, up.y.buffer, down.y.buffer, h2, out2)
+        return [t.clone() for t in results]
 
     first = run()
     for _ in range(3):

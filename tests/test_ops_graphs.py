@@ -175,12 +175,30 @@ def test_moe_layer_in_a_graph_replays_for_any_routing(device, dtype, path, row_m
     live, up, down = routings[0]
     h = torch.empty((live.positions, 64), dtype=dtype, device="cuda")
     out = torch.empty((live.tokens, 64), dtype=dtype, device="cuda")
+    h2, out2, side = torch.empty_like(h), torch.empty_like(out), torch.cuda.Stream(priority=-1)
+    deltas = [torch.empty((live.positions, width), dtype=dtype, device="cuda") for width in (128, 64)]
+    mapped = pairs if row_map else 0
+
+    def beside() -> None:
+        """The deltas on a second stream, as an engine has them beside its GEMMs."""
+        here, u, d = torch.cuda.current_stream(), up.pools, down.pools
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            more = {"top_k": live.top_k, "row_map": live.row_map}
+            ops.moe_delta(deltas[0], up.x, u.a, u.b, u.table, live.plan, up.widths, u.v_width, **more)
+            more = {"topk_weights": live.topk_weights, "row_map": live.row_map}
+            ops.moe_delta(deltas[1], down.x, d.a, d.b, d.table, live.plan, down.widths, d.v_width, **more)
+        here.wait_stream(side)
+        ops.moe_act(h2, up.y.view, deltas[0], u.table, live.plan, up.widths, up.cols, 0, mapped_pairs=mapped)
+        at = (d.table, live.plan, live.topk_weights, down.widths, down.cols)
+        ops.moe_reduce(out2, down.y.view, deltas[1], *at, row_map=live.row_map)
 
     def step() -> None:
         ops.moe_plan(live.plan, live.topk_ids, live.token_slots, live.slots, live.experts, None, live.row_map)
         shared = {"plan": live.plan, "row_map": live.row_map}
         ops.moe_gate_up_act(h, up.y.view, up.x, **up.args(), **shared, top_k=live.top_k, act=0)
         ops.moe_down_reduce(out, down.y.view, down.x, **down.args(), **shared, topk_weights=live.topk_weights)
+        beside()
 
     graph = captured(step)
     for case, case_up, case_down in routings:
@@ -198,8 +216,10 @@ def test_moe_layer_in_a_graph_replays_for_any_routing(device, dtype, path, row_m
             live.row_map.copy_(case.row_map)
         graph.replay()
         torch.cuda.synchronize()
-        check_parts(expected_act(case, case_up, "silu", 1.702, 7.0), h)
-        check_parts(expected_reduce(case, case_down, False), out)
+        for got in (h, h2):
+            check_parts(expected_act(case, case_up, "silu", 1.702, 7.0), got)
+        for got in (out, out2):
+            check_parts(expected_reduce(case, case_down, False), got)
 
 
 @pytest.mark.trap(2)

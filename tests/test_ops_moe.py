@@ -40,29 +40,67 @@ def run_down(case, half) -> None:
     half.y.assert_written_only("y of down", written(half.parts, half.y.view.shape))
 
 
+def blank(case, rows, width) -> Guarded:
+    return Guarded(torch.full((rows, width), torch.nan, dtype=case.dtype), case.device, case.gen, left=8, right=8)
+
+
+def run_delta(case, half, **more) -> torch.Tensor:
+    """The deltas by themselves; what stands in rows without an adapter is nobody's business, so it is made NaN."""
+    args = half.args()
+    del args["cols"]
+    delta = blank(case, case.positions, sum(half.widths))
+    ops.moe_delta(delta.view, half.x, **args, plan=case.plan, row_map=case.row_map, **more)
+    delta.assert_written_only("delta", torch.ones(delta.view.shape, dtype=torch.bool))
+    active = torch.tensor([group >= 0 for group in case.rows.row_group], dtype=torch.bool, device=case.device)
+    if case.positions:
+        delta.view[~active] = torch.nan
+    return delta.view
+
+
 def run_act(case, half, act, alpha=1.702, limit=7.0) -> None:
+    """In one op, and with the deltas made before."""
     parts = expected_act(case, half, act, alpha, limit)
     shape = (case.positions, half.widths[0])
-    h = Guarded(torch.full(shape, torch.nan, dtype=case.dtype), case.device, case.gen, left=8, right=8)
+    names = {"act": ref.ACTIVATIONS[act], "alpha": alpha, "limit": limit, "col_stride": half.col_stride}
+    h = blank(case, *shape)
     ops.moe_gate_up_act(
-        h.view, half.y.view, half.x, **half.args(), plan=case.plan, top_k=case.top_k, act=ref.ACTIVATIONS[act],
-        alpha=alpha, limit=limit, col_stride=half.col_stride, row_map=case.row_map,
-    )  # fmt: skip
+        h.view, half.y.view, half.x, **half.args(), plan=case.plan, top_k=case.top_k, row_map=case.row_map, **names
+    )
     check_parts(parts, h.view)
     h.assert_written_only("h", written(parts, shape))
+
+    delta = run_delta(case, half, top_k=case.top_k)
+    apart = blank(case, *shape)
+    pairs = 0 if case.row_map is None else case.topk_ids.numel()
+    ops.moe_act(
+        apart.view, half.y.view, delta, half.pools.table, case.plan, half.widths, half.cols, **names,
+        mapped_pairs=pairs,
+    )  # fmt: skip
+    check_parts(parts, apart.view)
+    apart.assert_written_only("h with a delta", written(parts, shape))
     half.y.assert_written_only("y1, which is only read", torch.zeros(half.y.view.shape, dtype=torch.bool))
 
 
 def run_reduce(case, half, y2_weighted) -> None:
+    """In one op, and with the deltas made before."""
     parts = expected_reduce(case, half, y2_weighted)
     shape = (case.tokens, half.widths[0])
-    out = Guarded(torch.full(shape, torch.nan, dtype=case.dtype), case.device, case.gen, left=8, right=8)
+    out = blank(case, *shape)
     ops.moe_down_reduce(
         out.view, half.y.view, half.x, **half.args(), plan=case.plan, topk_weights=case.topk_weights,
         row_map=case.row_map, y2_weighted=y2_weighted,
     )  # fmt: skip
     check_parts(parts, out.view)
     out.assert_written_only("out", torch.ones(shape, dtype=torch.bool))
+
+    delta = run_delta(case, half, topk_weights=case.topk_weights)
+    apart = blank(case, *shape)
+    ops.moe_reduce(
+        apart.view, half.y.view, delta, half.pools.table, case.plan, case.topk_weights, half.widths, half.cols,
+        row_map=case.row_map, y2_weighted=y2_weighted,
+    )  # fmt: skip
+    check_parts(parts, apart.view)
+    apart.assert_written_only("out with a delta", torch.ones(shape, dtype=torch.bool))
     half.y.assert_written_only("y2, which is only read", torch.zeros(half.y.view.shape, dtype=torch.bool))
 
 
@@ -292,6 +330,64 @@ def test_reduce_adds_in_ascending_order_of_a_tokens_experts(device, dtype, path,
         out, y2.to(device), h, [a], [b], table, plan, weights, [40], [0], 1, row_map=row_map, y2_weighted=y2_weighted
     )
     ref.assert_same_bits("sums", out, torch.full((5, 40), 2.0**-10, dtype=dtype))
+
+
+# -------------------------------------------------------------------------------------------- deltas made before
+
+
+@pytest.mark.parametrize("tokens", [30, 700], ids=["short", "long"])
+@pytest.mark.parametrize("gated, interleaved", [(False, False), (True, False), (True, True)],
+                         ids=["non_gated", "gated", "interleaved"])  # fmt: skip
+@ORDER
+def test_seams_add_the_deltas_they_are_given(device, dtype, path, tokens, gated, interleaved, row_map):
+    """Of rows with an adapter, and of no other: theirs are NaN. Long calls read the deltas at another place."""
+    top_k, experts, width = 4, 16, 1024
+    gen = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(experts, generator=gen)[:top_k] for _ in range(tokens)]).int()
+    ids[torch.rand(ids.shape, generator=gen) < 0.1] = -1
+    slots = torch.randint(-1, 2, (tokens,), generator=gen, dtype=torch.int32)
+    pairs = tokens * top_k
+    positions = torch.randperm(pairs + 8, generator=gen).int() if row_map else torch.arange(pairs).int()
+    positions[positions >= pairs] = -1
+    rows = len(positions)
+    exists = (positions >= 0) & (ids.flatten()[positions.clamp(min=0).long()] >= 0)
+    active = exists & (slots[positions.clamp(min=0).long() // top_k] >= 0)
+    plan = ref.new_plan(rows, 2 * experts, pairs if row_map else 0, device)
+    mapped = positions.to(device) if row_map else None
+    ops.moe_plan(plan, ids.to(device), slots.to(device), 2, experts, None, mapped)
+
+    def random(columns: int) -> torch.Tensor:
+        return torch.randn((rows, columns), generator=gen).to(dtype)
+
+    slices = 2 if gated else 1
+    y1, delta, y2, of_down = random(slices * width), random(slices * width), random(width), random(width)
+    delta[~active], of_down[~active] = torch.nan, torch.nan
+    table = torch.zeros((2 * experts, slices, 8), dtype=torch.int32, device=device)
+    cols, stride = ([0, 1], 2) if interleaved else ([0, width][:slices], 1)
+    h = torch.full((rows, width), 7.0, dtype=dtype, device=device)
+    ops.moe_act(h, y1.to(device), delta.to(device), table, plan, [width] * slices, cols, ref.ACTIVATIONS["silu"],
+                col_stride=stride, mapped_pairs=pairs if row_map else 0)  # fmt: skip
+    sums = [y1[:, c::stride][:, :width].double() for c in cols]
+    for s, part in enumerate(sums):
+        part += torch.where(active[:, None], delta[:, s * width : (s + 1) * width].double(), 0.0)
+    right = torch.where(exists[:, None], ref.activate("silu", sums), 7.0)
+    off = (h.double().cpu() - right).abs()
+    assert (off <= 1.01 * ref.UNIT[dtype] * right.abs() + 1e-6 * (1 + right.abs())).all(), f"h: off by {off.max()}"
+
+    weights = torch.rand((tokens, top_k), generator=gen)
+    out = torch.full((tokens, width), torch.nan, dtype=dtype, device=device)
+    table = table[:, :1].contiguous()
+    ops.moe_reduce(out, y2.to(device), of_down.to(device), table, plan, weights.to(device), [width], [0],
+                   row_map=mapped)  # fmt: skip
+    right, sizes = torch.zeros((2, tokens, width), dtype=torch.float64)
+    for row in exists.nonzero().flatten().tolist():
+        pair = int(positions[row])
+        value = weights.flatten()[pair].double() * y2[row].double()
+        value += of_down[row].double() if active[row] else 0.0
+        right[pair // top_k] += value
+        sizes[pair // top_k] += value.abs()
+    off = (out.double().cpu() - right).abs()
+    assert (off <= 1.01 * ref.UNIT[dtype] * right.abs() + 2e-6 * (1 + sizes)).all(), f"out: off by {off.max()}"
 
 
 # -------------------------------------------------------------------------------------------- streams of weights

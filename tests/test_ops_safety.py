@@ -100,6 +100,7 @@ def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, va
     moe = make_moe_case(device, dtype, row_map=True)
     up, down = make_moe_half(moe, down=False, width=24), make_moe_half(moe, down=True, width=24)
     changed = torch.full_like(moe.row_map, value)
+    delta = torch.zeros((moe.positions, sum(up.widths)), dtype=dtype, device=device)
     out = torch.zeros((moe.tokens, 24), dtype=dtype, device=device)
     h = torch.zeros((moe.positions, 24), dtype=dtype, device=device)
     gate = dict(x=up.x, **up.args(), plan=moe.plan, top_k=moe.top_k, row_map=changed)
@@ -109,7 +110,9 @@ def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, va
         lambda: ops.moe_gate_up_act(h=h, y1=up.y.view, act=0, **gate),
         lambda: ops.moe_down_(y=down.y.view, **reduce),
         lambda: ops.moe_down_reduce(out=out, y2=down.y.view, **reduce),
-    ]
+        lambda: ops.moe_delta(delta, up.x, up.pools.a, up.pools.b, up.pools.table, moe.plan, up.widths,
+                              up.pools.v_width, top_k=moe.top_k, row_map=changed),
+    ]  # fmt: skip
     for call in calls:
         assert broken(call) == (device == "cpu")
     if device == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from polylora.fixtures.styles import STYLE_BOUND, style_score
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+OPS = ROOT / "docs/ops.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "python/polylora/fixtures/README.md"]
 
@@ -70,7 +72,7 @@ def usable(device: str) -> str:
 
 def test_every_python_block_is_run_here():
     """A new block needs a test of its own: the ones below run these."""
-    marks = {README: ["polylora.attach", "from_dense_pool"], PAGES[-1]: ["ByteTokenizer"]}
+    marks = {README: ["polylora.attach", "from_dense_pool"], OPS: ["moe_delta"], PAGES[-1]: ["ByteTokenizer"]}
     for page in PAGES:
         blocks, known = fenced(page, "python"), marks.get(page, [])
         assert len(blocks) == len(known), f"{page.name}: {len(blocks)} Python blocks, {len(known)} of them are run"
@@ -110,6 +112,54 @@ def test_the_engine_block_serves_each_row_its_adapter(usable, tmp_path, monkeypa
             assert style_score(styles[name], text) >= STYLE_BOUND, text
             assert text != base
     assert torch.equal(model.generate(**inputs), before), "the model is as it was after the block"
+
+
+class NoStream:
+    """A stream where there is but one."""
+
+    def __init__(self, priority: int = 0):
+        pass
+
+    def wait_stream(self, other: NoStream) -> None:
+        pass
+
+
+def test_the_block_of_deltas_beside_the_gemms_is_the_fused_layer(usable, monkeypatch):
+    code = block_with(OPS, "moe_delta")
+    if usable == "cpu":
+        monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    tokens, k, slots, experts, rank, hidden, inner = 9, 3, 2, 4, 8, 64, 32
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(usable)
+
+    of_up = random(slots, experts, 2 * rank, hidden) / 8, random(slots, experts, 2 * inner, rank)
+    of_down = random(slots, experts, rank, inner) / 8, random(slots, experts, hidden, rank)
+    up = polylora.SliceTable.from_sglang_moe(*of_up, [rank] * slots, widths=[inner] * 2)
+    down = polylora.SliceTable.from_sglang_moe(*of_down, [rank] * slots, widths=[hidden])
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)]).int().to(usable)
+    adapter = torch.tensor([0, 1, -1] * 3, dtype=torch.int32, device=usable)
+    pairs, ops = tokens * k, torch.ops.polylora
+    x, w, y1, y2 = random(tokens, hidden), random(tokens, k).abs(), random(pairs, 2 * inner), random(pairs, hidden)
+    h, out = torch.empty(pairs, inner, device=usable), torch.empty(tokens, hidden, device=usable)
+    plan = polylora.Plan(pairs, slots * experts, device=usable).tensor
+    given = {"torch": torch, "ops": ops, "ACTIVATIONS": polylora.ops.ACTIVATIONS, "x": x, "k": k, "w": w, "h": h}
+    given |= {"plan": plan, "topk_ids": ids, "slots": adapter, "num_slots": slots, "experts": experts, "out": out}
+    given |= {"up": up, "down": down, "gate_up_gemm": lambda x: y1, "down_gemm": lambda h: y2}
+    given |= {"d1": torch.empty(pairs, 2 * inner, device=usable), "d2": torch.empty(pairs, hidden, device=usable)}
+    execute(code, given)
+
+    fused_h, fused_out = torch.empty_like(h), torch.empty_like(out)
+    ops.moe_gate_up_act(fused_h, y1, x, **up.args("moe_gate_up_act"), plan=plan, top_k=k, act=0)
+    assert torch.allclose(h, fused_h, rtol=1e-4, atol=1e-5) and (h - torch.nn.functional.silu(y1[:, :inner])).any()
+    ops.moe_down_reduce(fused_out, y2, h, **down.args("moe_down_reduce"), plan=plan, topk_weights=w)
+    assert torch.allclose(out, fused_out, rtol=1e-4, atol=1e-4)
+    base = (y2.view(tokens, k, hidden) * w[:, :, None]).sum(1)
+    changed = (out - base).abs().amax(1) > 1e-2
+    assert changed.tolist() == [a >= 0 for a in adapter.tolist()]
 
 
 def test_the_ops_block_adds_the_delta_in_place(usable):

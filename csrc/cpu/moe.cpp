@@ -1,6 +1,7 @@
 // The fused seams of a mixture of experts on the CPU: gate_up_act (delta, then the activation) and down_reduce (delta,
-// then the weighted sum over a token's experts).
+// then the weighted sum over a token's experts). And the same taken apart: moe_delta, moe_act, moe_reduce.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "polylora/cpu.h"
@@ -215,6 +216,79 @@ void down_reduce(const DownReduceParams& params, const ParallelFor& parallel_for
   };
   constexpr int64_t kOperationsPerOutput = 64;
   parallel_for(units, grain_for(units, params.tokens * params.top_k * width * kOperationsPerOutput), body);
+}
+
+void moe_delta(const LoraParams& params, const ParallelFor& parallel_for) {
+  const int64_t size = kernels(params.dtype).element_size;
+  int64_t width = 0;
+  for (int32_t s = 0; s < params.slices.count; ++s) width += params.slices.width[s];
+  for (const RowBlock& block : active_blocks(params.plan)) {
+    for (int32_t r = 0; r < block.count; ++r) {
+      std::memset(static_cast<char*>(params.y) + block.rows[r] * params.y_stride * size, 0,
+                  static_cast<size_t>(width * size));
+    }
+  }
+  expand(params, parallel_for);
+}
+
+void moe_act(const GateUpActParams& params, const ParallelFor& parallel_for) {
+  const LoraParams& lora = params.lora;
+  const Kernels& kernel = kernels(lora.dtype);
+  const int32_t width = lora.slices.width[0];
+  const int32_t slices = lora.slices.count;
+  const auto body = [&](int64_t begin, int64_t end) {
+    float y_part[2][kProductCols];  // room for any element type
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t group = lora.plan.row_group[row];
+      if (group == kNoRow) continue;
+      for (int32_t n = 0; n < width; n += kProductCols) {
+        const int32_t cols = std::min(kProductCols, width - n);
+        const void* y[2] = {};
+        float delta[2][kProductCols] = {};
+        for (int32_t s = 0; s < slices; ++s) {
+          y[s] = row_part(lora, kernel.element_size, row, s, n, cols, y_part[s]);
+          const int64_t at = row * params.delta_stride + int64_t{s} * width + n;
+          if (group >= 0) {
+            kernel.accumulate(delta[s], element_at(params.delta, at, kernel.element_size), 1.0f, nullptr, cols);
+          }
+        }
+        kernel.activate(element_at(params.h, row * params.h_stride + n, kernel.element_size), y[0],
+                        group >= 0 ? delta[0] : nullptr, y[1], group >= 0 && slices > 1 ? delta[1] : nullptr, cols,
+                        params.act, params.alpha, params.limit);
+      }
+    }
+  };
+  constexpr int64_t kOperationsPerOutput = 32;
+  parallel_for(lora.rows, grain_for(lora.rows, lora.rows * width * kOperationsPerOutput), body);
+}
+
+void moe_reduce(const DownReduceParams& params, const ParallelFor& parallel_for) {
+  const LoraParams& lora = params.lora;
+  const Kernels& kernel = kernels(lora.dtype);
+  const int32_t width = lora.slices.width[0];
+  const auto body = [&](int64_t begin, int64_t end) {
+    float part[kProductCols];
+    for (int64_t token = begin; token < end; ++token) {
+      for (int32_t n = 0; n < width; n += kProductCols) {
+        const int32_t cols = std::min(kProductCols, width - n);
+        float sum[kProductCols] = {};
+        for (int64_t j = 0; j < params.top_k; ++j) {
+          const int64_t pair = token * params.top_k + j;
+          const int32_t row = row_of_pair(params, pair);
+          if (row < 0) continue;
+          const float weight = params.y_weighted ? 1.0f : lora.row_weight[pair];
+          kernel.accumulate(sum, row_part(lora, kernel.element_size, row, 0, n, cols, part), weight, nullptr, cols);
+          if (lora.plan.row_group[row] < 0) continue;
+          const int64_t at = row * params.delta_stride + n;
+          kernel.accumulate(sum, element_at(params.delta, at, kernel.element_size), 1.0f, nullptr, cols);
+        }
+        kernel.store(element_at(params.out, token * params.out_stride + n, kernel.element_size), sum, cols);
+      }
+    }
+  };
+  constexpr int64_t kOperationsPerOutput = 4;
+  const int64_t operations = params.tokens * params.top_k * width * kOperationsPerOutput;
+  parallel_for(params.tokens, grain_for(params.tokens, operations), body);
 }
 
 }  // namespace polylora::cpu

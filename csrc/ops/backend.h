@@ -52,6 +52,10 @@ struct CpuBackend {
     with_v.lora = shrunk(d.lora);
     cpu::down_reduce(with_v, parallel_for);
   }
+  int64_t moe_delta_scratch(const LoraParams& p) const { return linear_scratch(p); }
+  void moe_delta(const LoraParams& p) const { cpu::moe_delta(shrunk(p), parallel_for); }
+  void moe_act(const GateUpActParams& g) const { cpu::moe_act(g, parallel_for); }
+  void moe_reduce(const DownReduceParams& d) const { cpu::moe_reduce(d, parallel_for); }
 
  private:
   // With v in the call's scratch.
@@ -97,6 +101,10 @@ class CudaBackend {
     return scratch("down_reduce", cuda::down_reduce_scratch, p);
   }
   void down_reduce(const DownReduceParams& p) const { check("down_reduce", cuda::down_reduce(p, stream_)); }
+  int64_t moe_delta_scratch(const LoraParams& p) const { return scratch("moe_delta", cuda::moe_delta_scratch, p); }
+  void moe_delta(const LoraParams& p) const { check("moe_delta", cuda::moe_delta(p, stream_)); }
+  void moe_act(const GateUpActParams& p) const { check("moe_act", cuda::moe_act(p, stream_)); }
+  void moe_reduce(const DownReduceParams& p) const { check("moe_reduce", cuda::moe_reduce(p, stream_)); }
 
  private:
   template <typename Params>

@@ -371,20 +371,19 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
 
 // ------------------------------------------------------------------------------------------------------------ MoE
 
-// What both halves of an MoE layer share. `y` names the matrix whose rows are the plan's positions.
+// What the ops of an MoE layer share. `y` names the matrix whose rows are the plan's positions.
 struct MoeArgs {
   const char* y_name;
   const Tensor& y;
-  const char* x_name;
-  const Tensor& x;
-  int64_t x_rows;
   const SliceArgs& slices;
   const Tensor& plan;
   int64_t pairs;
   const OptionalTensor& row_map;
+  int64_t mapped_pairs = 0;  // of the plan; with a row map: the pairs
 };
 
-LoraParams moe_params(const Checker& check, const MoeArgs& args) {
+// `x`: what A multiplies, of `x_rows` rows; null where an op has no A.
+LoraParams moe_params(const Checker& check, const MoeArgs& args, const char* x_name, const Tensor* x, int64_t x_rows) {
   LoraParams p{};
   p.dtype = check.compute_dtype(args.y_name, args.y);
   check.matrix(args.y_name, args.y, kAny, kAny, args.y.dtype());
@@ -392,14 +391,17 @@ LoraParams moe_params(const Checker& check, const MoeArgs& args) {
   if (!args.row_map && p.rows != args.pairs) {
     check.fail(args.y_name, "of " + std::to_string(args.pairs) + " rows, one a (token, expert) pair", describe(args.y));
   }
-  check.matrix(args.x_name, args.x, args.x_rows, kAny, args.y.dtype());
-  set_x(p, args.x);
+  if (x != nullptr) {
+    check.matrix(x_name, *x, x_rows, kAny, args.y.dtype());
+    set_x(p, *x);
+  }
   set_y(p, args.y);
   p.row_map = checked_row_map(check, args.row_map, p.rows);
   check.range("col_stride", args.slices.col_stride, 1, kMaxInt32);
-  p.slices = slice_set(check, args.slices, p.k, args.y.dtype());
+  p.slices = slice_set(check, args.slices, x != nullptr ? p.k : kAny, args.y.dtype());
   check_columns(check, args.y_name, args.y, p.slices);
-  p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, args.row_map ? args.pairs : 0);
+  const int64_t mapped_pairs = args.row_map ? args.pairs : args.mapped_pairs;
+  p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, mapped_pairs);
   return p;
 }
 
@@ -409,7 +411,7 @@ LoraParams gate_up_params(const Checker& check, const char* y_name, const Tensor
   check.range("top_k", top_k, 1, kMaxInt32);
   check.matrix("x", x, kAny, kAny, x.dtype());
   const int64_t pairs = x.size(0) * top_k;
-  LoraParams p = moe_params(check, {y_name, y, "x", x, kAny, slices, plan, pairs, row_map});
+  LoraParams p = moe_params(check, {y_name, y, slices, plan, pairs, row_map}, "x", &x, kAny);
   p.x_div = static_cast<int32_t>(top_k);
   return p;
 }
@@ -421,7 +423,7 @@ LoraParams down_params(const Checker& check, const char* y_name, const Tensor& y
   check.contiguous("topk_weights", topk_weights, {kAny, kAny}, dtype::kFloat32);
   const int64_t rows = y.dim() > 0 ? y.size(0) : kAny;
   const int64_t pairs = topk_weights.size(0) * topk_weights.size(1);
-  LoraParams p = moe_params(check, {y_name, y, "h", h, rows, slices, plan, pairs, row_map});
+  LoraParams p = moe_params(check, {y_name, y, slices, plan, pairs, row_map}, "h", &h, rows);
   p.row_weight = static_cast<const float*>(topk_weights.data_ptr());
   return p;
 }
@@ -444,14 +446,9 @@ void moe_down_(Tensor y, Tensor h, TensorList a, TensorList b, Tensor table, Ten
   run_linear<Backend>(check, p, y, v_width);
 }
 
-template <class Backend>
-void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan,
-                     IntList widths, IntList cols, int64_t v_width, int64_t top_k, int64_t act, double alpha,
-                     double limit, int64_t col_stride, OptionalTensor row_map) {
-  const Checker check("moe_gate_up_act", h);
-  const SliceArgs slices{&a, &b, table, &widths, &cols, col_stride};
-  GateUpActParams p{};
-  p.lora = gate_up_params(check, "y1", y1, x, slices, plan, top_k, row_map);
+// The activation of a seam, and h.
+void set_act(const Checker& check, GateUpActParams& p, const Tensor& h, const Tensor& y1, int64_t act, double alpha,
+             double limit) {
   const SliceSet& set = p.lora.slices;
   if (set.count > 2 || (set.count == 2 && set.width[0] != set.width[1])) {
     check.fail("widths", "[I], or [I, I] where gated", std::to_string(set.count) + " slices of unequal width");
@@ -464,8 +461,33 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   p.h_stride = Checker::pitch(h);
   p.alpha = static_cast<float>(alpha);
   p.limit = static_cast<float>(limit);
+}
+
+// The sum of a seam, and out.
+void set_sum(const Checker& check, DownReduceParams& p, const Tensor& out, const Tensor& y2, const Tensor& topk_weights,
+             bool y2_weighted) {
+  if (p.lora.slices.count != 1) {
+    check.fail("widths", "one integer", std::to_string(p.lora.slices.count) + " slices");
+  }
+  p.tokens = topk_weights.size(0);
+  p.top_k = static_cast<int32_t>(topk_weights.size(1));
+  check.matrix("out", out, p.tokens, p.lora.slices.width[0], y2.dtype());
+  p.out = out.data_ptr();
+  p.out_stride = Checker::pitch(out);
+  p.y_weighted = y2_weighted;
+}
+
+template <class Backend>
+void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan,
+                     IntList widths, IntList cols, int64_t v_width, int64_t top_k, int64_t act, double alpha,
+                     double limit, int64_t col_stride, OptionalTensor row_map) {
+  const Checker check("moe_gate_up_act", h);
+  const SliceArgs slices{&a, &b, table, &widths, &cols, col_stride};
+  GateUpActParams p{};
+  p.lora = gate_up_params(check, "y1", y1, x, slices, plan, top_k, row_map);
+  set_act(check, p, h, y1, act, alpha, limit);
   set_v_width(check, p.lora, v_width);
-  if (p.lora.rows == 0 || set.width[0] == 0) return;
+  if (p.lora.rows == 0 || p.lora.slices.width[0] == 0) return;
   adds_something(check, h, p.lora);  // for its checks: rows without an adapter are written, too
   const Backend backend(h);
   const OptionalTensor memory = scratch(p.lora, h, backend.gate_up_act_scratch(p));
@@ -480,21 +502,86 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
   const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
   DownReduceParams p{};
   p.lora = down_params(check, "y2", y2, h, slices, plan, topk_weights, row_map);
-  if (p.lora.slices.count != 1) {
-    check.fail("widths", "one integer", std::to_string(p.lora.slices.count) + " slices");
-  }
-  p.tokens = topk_weights.size(0);
-  p.top_k = static_cast<int32_t>(topk_weights.size(1));
-  check.matrix("out", out, p.tokens, p.lora.slices.width[0], y2.dtype());
-  p.out = out.data_ptr();
-  p.out_stride = Checker::pitch(out);
-  p.y_weighted = y2_weighted;
+  set_sum(check, p, out, y2, topk_weights, y2_weighted);
   set_v_width(check, p.lora, v_width);
   if (p.tokens == 0 || p.lora.slices.width[0] == 0) return;
   adds_something(check, out, p.lora);  // for its checks: tokens without an adapter are written, too
   const Backend backend(out);
   const OptionalTensor memory = scratch(p.lora, out, backend.down_reduce_scratch(p));
   backend.down_reduce(p);
+}
+
+template <class Backend>
+void moe_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
+               int64_t v_width, int64_t top_k, OptionalTensor topk_weights, OptionalTensor row_map) {
+  const Checker check("moe_delta", delta);
+  check.range("top_k", top_k, 0, kMaxInt32);
+  check.compute_dtype("x", x);
+  check.matrix("x", x, kAny, kAny, x.dtype());
+  check.matrix("delta", delta, kAny, kAny, x.dtype());
+  int64_t pairs = top_k > 0 ? x.size(0) * top_k : delta.size(0);
+  if (topk_weights) {
+    check.contiguous("topk_weights", *topk_weights, {kAny, kAny}, dtype::kFloat32);
+    const int64_t weights = topk_weights->size(0) * topk_weights->size(1);
+    if (top_k > 0 && weights != pairs) {
+      check.fail("topk_weights", "one for each of " + std::to_string(pairs) + " pairs", describe(*topk_weights));
+    }
+    pairs = weights;
+  } else if (row_map && top_k == 0) {
+    check.fail("topk_weights", "given with a row_map where top_k is 0: they tell the number of pairs", "None");
+  }
+  IntList cols;
+  int64_t columns = 0;
+  for (const int64_t width : widths) {
+    check.range("widths", width, 0, kMaxWidth);
+    cols.push_back(columns);
+    columns += width;
+  }
+  const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
+  const int64_t x_rows = top_k > 0 ? kAny : delta.size(0);
+  LoraParams p = moe_params(check, {"delta", delta, slices, plan, pairs, row_map}, "x", &x, x_rows);
+  check.matrix("delta", delta, p.rows, columns, x.dtype());
+  p.x_div = static_cast<int32_t>(top_k);
+  if (topk_weights) p.row_weight = static_cast<const float*>(topk_weights->data_ptr());
+  set_v_width(check, p, v_width);
+  if (!adds_something(check, delta, p)) return;
+  const Backend backend(delta);
+  const OptionalTensor memory = scratch(p, delta, backend.moe_delta_scratch(p));
+  backend.moe_delta(p);
+}
+
+template <class Backend>
+void moe_act(Tensor h, Tensor y1, Tensor delta, Tensor table, Tensor plan, IntList widths, IntList cols, int64_t act,
+             double alpha, double limit, int64_t col_stride, int64_t mapped_pairs) {
+  const Checker check("moe_act", h);
+  check.range("mapped_pairs", mapped_pairs, 0, kMaxInt32 / 8);
+  check.matrix("y1", y1, kAny, kAny, y1.dtype());
+  const SliceArgs slices{nullptr, nullptr, table, &widths, &cols, col_stride};
+  GateUpActParams p{};
+  const OptionalTensor no_map;
+  p.lora = moe_params(check, {"y1", y1, slices, plan, y1.size(0), no_map, mapped_pairs}, "", nullptr, 0);
+  set_act(check, p, h, y1, act, alpha, limit);
+  check.matrix("delta", delta, p.lora.rows, int64_t{p.lora.slices.count} * p.lora.slices.width[0], y1.dtype());
+  p.delta = delta.data_ptr();
+  p.delta_stride = Checker::pitch(delta);
+  if (p.lora.rows > 0 && p.lora.slices.width[0] > 0) Backend(h).moe_act(p);
+}
+
+template <class Backend>
+void moe_reduce(Tensor out, Tensor y2, Tensor delta, Tensor table, Tensor plan, Tensor topk_weights, IntList widths,
+                IntList cols, OptionalTensor row_map, bool y2_weighted) {
+  const Checker check("moe_reduce", out);
+  check.contiguous("topk_weights", topk_weights, {kAny, kAny}, dtype::kFloat32);
+  const SliceArgs slices{nullptr, nullptr, table, &widths, &cols, 1};
+  const int64_t pairs = topk_weights.size(0) * topk_weights.size(1);
+  DownReduceParams p{};
+  p.lora = moe_params(check, {"y2", y2, slices, plan, pairs, row_map}, "", nullptr, 0);
+  p.lora.row_weight = static_cast<const float*>(topk_weights.data_ptr());
+  set_sum(check, p, out, y2, topk_weights, y2_weighted);
+  check.matrix("delta", delta, p.lora.rows, p.lora.slices.width[0], y2.dtype());
+  p.delta = delta.data_ptr();
+  p.delta_stride = Checker::pitch(delta);
+  if (p.tokens > 0 && p.lora.slices.width[0] > 0) Backend(out).moe_reduce(p);
 }
 
 template <class Backend>
@@ -509,6 +596,9 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("moe_down_", &Boxed<&moe_down_<Backend>>::call);
   m.impl("moe_gate_up_act", &Boxed<&moe_gate_up_act<Backend>>::call);
   m.impl("moe_down_reduce", &Boxed<&moe_down_reduce<Backend>>::call);
+  m.impl("moe_delta", &Boxed<&moe_delta<Backend>>::call);
+  m.impl("moe_act", &Boxed<&moe_act<Backend>>::call);
+  m.impl("moe_reduce", &Boxed<&moe_reduce<Backend>>::call);
 }
 
 }  // namespace

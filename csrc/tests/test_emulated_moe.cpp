@@ -38,6 +38,7 @@ struct Shape {
   bool interleaved = false;  // gate and up
   Activation act = Activation::kSilu;
   bool y_weighted = false;
+  bool apart = false;            // the deltas by an op of their own
   bool shared_a = false;         // one A for gate and up
   bool experts_share_a = false;  // of one adapter
   bool experts_share_b = false;
@@ -108,14 +109,36 @@ class Problem {
   }
 
   GateUpActParams gate_up_act_params() const {
-    return {params(), result_->data(), result_stride_, shape_.act, kAlpha, kLimit};
+    GateUpActParams g{};
+    g.lora = params();
+    g.h = result_->data();
+    g.h_stride = result_stride_;
+    g.act = shape_.act;
+    g.alpha = kAlpha;
+    g.limit = kLimit;
+    return g;
   }
 
   DownReduceParams down_reduce_params() const {
-    return {params(), result_->data(), result_stride_, shape_.tokens, shape_.top_k, shape_.y_weighted};
+    DownReduceParams d{};
+    d.lora = params();
+    d.out = result_->data();
+    d.out_stride = result_stride_;
+    d.tokens = shape_.tokens;
+    d.top_k = shape_.top_k;
+    d.y_weighted = shape_.y_weighted;
+    return d;
   }
 
   Op op() const { return shape_.op; }
+  bool apart() const { return shape_.apart; }
+
+  /// Memory for the deltas of all rows, NaN until they are made.
+  void* deltas(int64_t bytes) {
+    deltas_.reset(new GuardedBytes(bytes));
+    std::memset(deltas_->data(), 0xff, static_cast<size_t>(bytes));
+    return deltas_->data();
+  }
 
   /// All inputs and outputs as another step left them, until the kernel waits for it.
   void spoil(uint64_t seed, bool stale) {
@@ -543,7 +566,7 @@ class Problem {
 
   double v_of(int64_t row, int slice, const SliceEntry& entry, int64_t j) {
     const Arena& arena = arena_of(slice);
-    const int64_t key = ((x_row_of(row) * slices_ + slice) * arena.a_rows) + entry.a_row + j;
+    const int64_t key = (x_row_of(row) * slices_ + slice) << 32 | (entry.a_row + j);
     const auto found = exact_v_.find(key);
     if (found != exact_v_.end()) return found->second;
     double sum = 0;
@@ -568,6 +591,7 @@ class Problem {
       sizes += std::fabs(term);
     }
     delta.error = delta_error(shape_.dtype, sizes);
+    if (shape_.apart) delta.error += rounding_error(shape_.dtype, delta.value);
     return delta;
   }
 
@@ -713,12 +737,45 @@ class Problem {
   std::vector<int32_t> experts_of_pairs_, slot_of_token_, map_;
   std::vector<float> weight_;
   std::unique_ptr<Array> x_, y_, result_;
-  std::unique_ptr<GuardedBytes> plan_, table_bytes_, map_bytes_, weights_, scratch_;
+  std::unique_ptr<GuardedBytes> plan_, table_bytes_, map_bytes_, weights_, scratch_, deltas_;
   std::vector<Staged> staged_;
   std::unordered_map<int64_t, double> exact_v_;
 };
 
+/// moe_delta; sets where it left them.
+cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
+  LoraParams p = problem.params();
+  int64_t width = 0;
+  for (int s = 0; s < p.slices.count; ++s) {
+    p.slices.col[s] = width;
+    width += p.slices.width[s];
+  }
+  p.slices.col_stride = 1;
+  stride = width + 8;
+  p.y = problem.deltas(p.rows > 0 ? 2 * ((p.rows - 1) * stride + width) : 0);
+  p.y_stride = stride;
+  delta = p.y;
+  int64_t bytes = 0;
+  const cudaError_t error = cuda::moe_deltas_scratch(p, bytes);
+  p.scratch = problem.scratch(bytes);
+  return error == cudaSuccess && p.rows > 0 ? cuda::moe_delta_path(p, nullptr) : error;
+}
+
+cudaError_t apart(Problem& problem) {
+  if (problem.op() == Op::kGateUpAct) {
+    GateUpActParams g = problem.gate_up_act_params();
+    const cudaError_t error = make_deltas(problem, g.delta, g.delta_stride);
+    if (error != cudaSuccess || g.lora.rows == 0) return error;
+    return cuda::moe_add_act_serves(g) ? cuda::moe_add_act_path(g, nullptr) : cudaErrorNotSupported;
+  }
+  DownReduceParams d = problem.down_reduce_params();
+  const cudaError_t error = make_deltas(problem, d.delta, d.delta_stride);
+  if (error != cudaSuccess || d.tokens == 0) return error;
+  return cuda::moe_add_reduce_serves(d) ? cuda::moe_add_reduce_path(d, nullptr) : cudaErrorNotSupported;
+}
+
 cudaError_t fast(Problem& problem) {
+  if (problem.apart()) return apart(problem);
   if (!cuda::moe_stream_serves(problem.params())) return cudaErrorNotSupported;
   int64_t bytes = 0;
   cudaError_t error;
@@ -743,6 +800,10 @@ cudaError_t fast(Problem& problem) {
 void run(const std::string& what, const Shape& shape, int runs = 2) {
   Problem problem(shape, std::hash<std::string>()(what));
   check_runs(what, fast, problem, runs);
+  if (shape.apart || shape.op == Op::kGateUp || shape.op == Op::kDown) return;
+  Shape of_two = shape;
+  of_two.apart = true;
+  run(what + ", apart", of_two, runs);
 }
 
 const char* name_of(Op op) {

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: ``act`` of :func:`moe_gate_up_act`, by name.
+#: ``act`` of :func:`moe_gate_up_act` and :func:`moe_act`, by name.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "swiglu_oai": 4}
 
 _ops = torch.ops.polylora
@@ -251,6 +251,82 @@ def moe_down_reduce(
     _ops.moe_down_reduce(out, y2, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map, y2_weighted)
 
 
+def moe_delta(
+    delta: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    v_width: int,
+    top_k: int = 0,
+    topk_weights: Tensor | None = None,
+    row_map: Tensor | None = None,
+) -> None:
+    """The deltas of one half of an MoE layer, by themselves: they need nothing of the base's GEMM.
+
+    Run it on a second stream beside that GEMM, then :func:`moe_act` or :func:`moe_reduce`: in decode nearly all of
+    LoRA's time hides behind the base model's.
+
+    Args:
+        delta: ``[rows, sum of widths]``, slice after slice. Rows with an adapter are written whole, zeros where a slice
+            is absent; the others hold anything afterwards.
+        x: ``[tokens, K]`` where ``top_k`` is above 0 (gate/up: the pairs of a token share its row); else ``[rows, K]``
+            (down: the activated intermediate).
+        topk_weights: float32 ``[tokens, top_k]``: each delta is multiplied by that of its pair (down).
+        row_map: as in :func:`moe_plan`; without ``top_k`` it needs ``topk_weights``.
+    """
+    _ops.moe_delta(delta, x, a, b, table, plan, widths, v_width, top_k, topk_weights, row_map)
+
+
+def moe_act(
+    h: Tensor,
+    y1: Tensor,
+    delta: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    act: int,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    col_stride: int = 1,
+    mapped_pairs: int = 0,
+) -> None:
+    """``h = act(y1 + delta)`` with the deltas of :func:`moe_delta`: replaces the engine's activation.
+
+    Args:
+        h, y1, act, alpha, limit: as in :func:`moe_gate_up_act`. ``widths``, ``cols``, ``col_stride``: of y1.
+        delta: ``[rows, I]`` or ``[rows, 2 I]``, gate then up, rounded once to its dtype.
+        table: tells the groups of the plan alone.
+        mapped_pairs: (token, expert) pairs of the plan, where it was made with a row map; else 0.
+    """
+    _ops.moe_act(h, y1, delta, table, plan, widths, cols, act, alpha, limit, col_stride, mapped_pairs)
+
+
+def moe_reduce(
+    out: Tensor,
+    y2: Tensor,
+    delta: Tensor,
+    table: Tensor,
+    plan: Tensor,
+    topk_weights: Tensor,
+    widths: Sequence[int],
+    cols: Sequence[int],
+    row_map: Tensor | None = None,
+    y2_weighted: bool = False,
+) -> None:
+    """``out[t] = sum_j (w[t, j] * y2[t, j] + delta)`` with the weighted deltas of :func:`moe_delta`.
+
+    Args:
+        out, y2, topk_weights, y2_weighted: as in :func:`moe_down_reduce`, whose order of sums it keeps.
+        delta: ``[rows, H]``, weights multiplied in.
+        table: tells the groups of the plan alone.
+    """
+    _ops.moe_reduce(out, y2, delta, table, plan, topk_weights, widths, cols, row_map, y2_weighted)
+
+
 # ------------------------------------------------------------------------------------------------------------ fakes
 # The real ops check everything; the fakes check what a shape can tell, so that a wrong call fails while tracing.
 
@@ -353,6 +429,40 @@ def _(out, y2, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_ma
     _check_rows(op, "h", h, y2.shape[0])
     _check_matrix(op, "out", out, y2.dtype)
     _check_rows(op, "out", out, topk_weights.shape[0])
+
+
+@torch.library.register_fake("polylora::moe_delta")
+def _(delta, x, a, b, table, plan, widths, v_width, top_k=0, topk_weights=None, row_map=None):
+    op = "moe_delta"
+    _check_matrix(op, "delta", delta, x.dtype)
+    _check_matrix(op, "x", x, x.dtype)
+    rows = delta.shape[0] if row_map is None else row_map.shape[0]
+    if top_k > 0 and row_map is None:
+        rows = x.shape[0] * top_k
+    elif top_k == 0:
+        _check_rows(op, "x", x, delta.shape[0])
+    _check_rows(op, "delta", delta, rows)
+    _expect(delta.shape[1] == sum(widths), op, "delta", f"of {sum(widths)} columns", list(delta.shape))
+    _check_table(op, table, plan, ("a", a, True), ("b", b, True), ("widths", widths, False))
+
+
+@torch.library.register_fake("polylora::moe_act")
+def _(h, y1, delta, table, plan, widths, cols, act, alpha=1.702, limit=7.0, col_stride=1, mapped_pairs=0):
+    for name, t in (("y1", y1), ("h", h), ("delta", delta)):
+        _check_matrix("moe_act", name, t, y1.dtype)
+        _check_rows("moe_act", name, t, y1.shape[0])
+    _check_table("moe_act", table, plan, ("widths", widths, False), ("cols", cols, False))
+
+
+@torch.library.register_fake("polylora::moe_reduce")
+def _(out, y2, delta, table, plan, topk_weights, widths, cols, row_map=None, y2_weighted=False):
+    op = "moe_reduce"
+    for name, t in (("y2", y2), ("delta", delta)):
+        _check_matrix(op, name, t, y2.dtype)
+        _check_rows(op, name, t, topk_weights.numel() if row_map is None else row_map.shape[0])
+    _check_matrix(op, "out", out, y2.dtype)
+    _check_rows(op, "out", out, topk_weights.shape[0])
+    _check_table(op, table, plan, ("widths", widths, False), ("cols", cols, False))
 
 
 def _check_moe(op, y_name, y, x_name, x, a, b, table, plan, widths, cols, row_map, pairs) -> None:

@@ -38,6 +38,9 @@ _ARGUMENTS = {
     "moe_gate_up_act": ("a", "b", "table", "widths", "cols", "v_width", "col_stride"),
     "moe_down_": ("a", "b", "table", "widths", "cols", "v_width"),
     "moe_down_reduce": ("a", "b", "table", "widths", "cols", "v_width"),
+    "moe_delta": ("a", "b", "table", "widths", "v_width"),
+    "moe_act": ("table", "widths", "cols", "col_stride"),
+    "moe_reduce": ("table", "widths", "cols"),
 }
 
 

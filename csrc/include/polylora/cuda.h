@@ -22,6 +22,7 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream);
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t embedding_scratch(const EmbeddingParams& params, int64_t& bytes);  // of params.lora.scratch
+cudaError_t moe_delta_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t gate_up_act_scratch(const GateUpActParams& params, int64_t& bytes);
 cudaError_t down_reduce_scratch(const DownReduceParams& params, int64_t& bytes);
 
@@ -31,5 +32,12 @@ cudaError_t embedding(const EmbeddingParams& params, cudaStream_t stream);
 /// The fused seams of MoE, shrink and expand included.
 cudaError_t gate_up_act(const GateUpActParams& params, cudaStream_t stream);
 cudaError_t down_reduce(const DownReduceParams& params, cudaStream_t stream);
+
+/// The same taken apart: the deltas, which need nothing of the base layer's GEMM and may be made beside it, and the
+/// seams that add them. moe_delta: y is delta, slice after slice; rows with an adapter are written whole, zeros where a
+/// slice is absent, others hold anything afterwards.
+cudaError_t moe_delta(const LoraParams& params, cudaStream_t stream);
+cudaError_t moe_act(const GateUpActParams& params, cudaStream_t stream);
+cudaError_t moe_reduce(const DownReduceParams& params, cudaStream_t stream);
 
 }  // namespace polylora::cuda

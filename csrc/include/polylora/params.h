@@ -162,24 +162,28 @@ struct EmbeddingParams {
 };
 
 /// moe_gate_up_act: h = act(y1 + delta); lora.y is y1 and is only read. One slice: act(u). Two: act(g) * u.
-/// Every row but those of kNoRow is written.
+/// Every row but those of kNoRow is written. moe_act: the same with a delta that moe_delta made; x, A and B unused.
 struct GateUpActParams {
-  LoraParams lora;     //
-  void* h;             // [rows, width[0]], row pitch h_stride
-  int64_t h_stride;    //
-  Activation act;      //
-  float alpha, limit;  // kSwigluOai only
+  LoraParams lora;       //
+  void* h;               // [rows, width[0]], row pitch h_stride
+  int64_t h_stride;      //
+  Activation act;        //
+  float alpha, limit;    // kSwigluOai only
+  const void* delta;     // moe_act: [rows, sum of widths], slice after slice, row pitch delta_stride; else null
+  int64_t delta_stride;  //
 };
 
 /// moe_down_reduce: out[t] = sum_j w[t, j] * (y2[t, j] + delta); lora.y is y2 and is only read. Pairs of kNoRow
-/// contribute nothing. lora.row_weight holds w.
+/// contribute nothing. lora.row_weight holds w. moe_reduce: the same with a delta that moe_delta made, weights and all.
 struct DownReduceParams {
-  LoraParams lora;     //
-  void* out;           // [tokens, width[0]], row pitch out_stride
-  int64_t out_stride;  //
-  int64_t tokens;      //
-  int32_t top_k;       //
-  bool y_weighted;     // y2 already carries its top-k weight; w multiplies the delta only
+  LoraParams lora;       //
+  void* out;             // [tokens, width[0]], row pitch out_stride
+  int64_t out_stride;    //
+  int64_t tokens;        //
+  int32_t top_k;         //
+  bool y_weighted;       // y2 already carries its top-k weight; w multiplies the delta only
+  const void* delta;     // moe_reduce: [rows, width[0]], row pitch delta_stride; else null
+  int64_t delta_stride;  //
 };
 
 }  // namespace polylora

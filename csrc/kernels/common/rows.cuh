@@ -11,14 +11,17 @@ struct PlanHead {
   bool fits;
   int tiles;
 };
-__device__ __forceinline__ PlanHead load_head(const PlanView& plan) {
+__device__ __forceinline__ PlanHead load_head(const int32_t* header, int32_t rows, int32_t groups, int32_t pairs) {
   static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2 && kPlanTiles == 5 && kPlanPairs == 8);
-  const int4* words = reinterpret_cast<const int4*>(plan.header);
+  const int4* words = reinterpret_cast<const int4*>(header);
   const int4 a = words[0];
   const int4 b = words[1];
   const int4 c = words[2];
-  const bool fits = a.x == kPlanVersionValue && a.y == plan.rows && a.z == plan.groups && c.x == plan.pairs;
+  const bool fits = a.x == kPlanVersionValue && a.y == rows && a.z == groups && c.x == pairs;
   return {fits, fits ? b.y : 0};
+}
+__device__ __forceinline__ PlanHead load_head(const PlanView& plan) {
+  return load_head(plan.header, plan.rows, plan.groups, plan.pairs);
 }
 
 /// Group of a row, kNoAdapter or kNoRow.

@@ -43,13 +43,16 @@ __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant
     }
     __syncthreads();
     if (!has_output) continue;
+    float part[kTileRows] = {};  // sums of their own, as errors grow with the length of one
     for (int j = 0; j < ranks; ++j) {
       const float b_j = to_float(b[j0 + j]);
 #pragma unroll
       for (int i = 0; i < kTileRows; ++i) {
-        if (i < rows) sum[i] = fmaf(v[i][j], b_j, sum[i]);
+        if (i < rows) part[i] = fmaf(v[i][j], b_j, part[i]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < kTileRows; ++i) sum[i] += part[i];
   }
   if (!has_output) return;
   T* y = static_cast<T*>(p.y) + output_col(p.slices, slice, n);

@@ -1,11 +1,17 @@
-// Activations of eight outputs at once, in fp32 by the device's approximations of exp2 and 1/x (2 ulp): far below the
-// rounding to 16 bits that follows. One switch for all eight, so that their chains of latencies overlap.
+// Activations of some outputs at once, in fp32 by the device's approximations of exp2 and 1/x (2 ulp): far below the
+// rounding to 16 bits that follows. One switch for all of them, so that their chains of latencies overlap.
 #pragma once
 
 #include "common/ptx.cuh"
 #include "polylora/activation.h"
 
 namespace polylora::cuda {
+
+/// An activation and its parameters.
+struct ActivationOf {
+  Activation act;
+  float alpha, limit;
+};
 
 /// 1 / (1 + e^-x); 0 and 1 at the infinities.
 __device__ __forceinline__ float fast_sigmoid(float x) {
@@ -14,26 +20,27 @@ __device__ __forceinline__ float fast_sigmoid(float x) {
 }
 
 /// value = act(value)
-__device__ __forceinline__ void activate8(Activation act, float (&value)[8]) {
+template <int kCount>
+__device__ __forceinline__ void activate_all(Activation act, float (&value)[kCount]) {
   switch (act) {
     case Activation::kSilu:
 #pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] *= fast_sigmoid(value[i]);
+      for (int i = 0; i < kCount; ++i) value[i] *= fast_sigmoid(value[i]);
       break;
     case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 = sigmoid(2u)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         const float x = value[i];
         value[i] = x * fast_sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
       }
       break;
     case Activation::kGelu:
 #pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = activation(Activation::kGelu, value[i]);
+      for (int i = 0; i < kCount; ++i) value[i] = activation(Activation::kGelu, value[i]);
       break;
     case Activation::kRelu2:
 #pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = activation(Activation::kRelu2, value[i]);
+      for (int i = 0; i < kCount; ++i) value[i] = activation(Activation::kRelu2, value[i]);
       break;
     case Activation::kSwigluOai:  // gated only
       break;
@@ -41,20 +48,21 @@ __device__ __forceinline__ void activate8(Activation act, float (&value)[8]) {
 }
 
 /// gate = act(gate) * up
-__device__ __forceinline__ void activate_gated(Activation act, float (&gate)[8], const float (&up)[8], float alpha,
-                                               float limit) {
+template <int kCount>
+__device__ __forceinline__ void activate_gated(Activation act, float (&gate)[kCount], const float (&up)[kCount],
+                                               float alpha, float limit) {
   if (act == Activation::kSwigluOai) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const float g = gate[i] > limit ? limit : gate[i];
       const float u = up[i] > limit ? limit : (up[i] < -limit ? -limit : up[i]);
       gate[i] = g * fast_sigmoid(alpha * g) * (u + 1.f);
     }
     return;
   }
-  activate8(act, gate);
+  activate_all(act, gate);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) gate[i] *= up[i];
+  for (int i = 0; i < kCount; ++i) gate[i] *= up[i];
 }
 
 }  // namespace polylora::cuda

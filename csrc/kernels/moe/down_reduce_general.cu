@@ -1,4 +1,4 @@
-// moe_down_reduce: out[t] = sum_j w[t, j] * (y2[t, j] + delta), general path.
+// moe_down_reduce and moe_reduce: out[t] = sum_j w[t, j] * (y2[t, j] + delta), general path.
 //
 // A block owns one token and 256 outputs and walks the token's experts in order: no atomics, one rounding, one
 // write. Pairs of kNoRow (an expert of another rank, a pair without a position) contribute nothing, whatever y2 holds.
@@ -30,6 +30,10 @@ __global__ void __launch_bounds__(kThreads) down_reduce_general(const __grid_con
       total = d.y_weighted ? total + y2 : fmaf(p.row_weight[pair], y2, total);
     }
     if (group < 0) continue;
+    if (d.delta != nullptr) {
+      if (has_output) total += to_float(static_cast<const T*>(d.delta)[row * d.delta_stride + n]);
+      continue;
+    }
     const SliceEntry entry = load_scaled_v(p, group, 0, row, smem_v);
     if (has_output && entry.rank > 0) total += row_times_b<T>(p, entry, 0, n, smem_v);
   }

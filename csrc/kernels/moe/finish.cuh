@@ -14,13 +14,12 @@ struct ExpandTask {
   const void* y;     // what is added to
   int64_t y_stride;  //
   int64_t col[kStreamSlices];
-  void* out;  // y, h, or the deltas
+  void* out;  // y, h, or the deltas, whose slices begin in `col`
   int64_t out_stride;
   int32_t n_begin, n_end;  // of the outputs, those of this launch; n_begin is column 0 of the deltas
   int32_t v_pitch;         // elements, of v in shared memory
   bool interleaved;        // output n of gate and up in columns 2n and 2n + 1
-  Activation act;
-  float alpha, limit;
+  ActivationOf act;
   PlanView plan;  // act: to find the rows without an adapter
 };
 
@@ -76,7 +75,7 @@ __device__ __forceinline__ void make_v(const ExpandTask& task, const StreamItem&
 
 /// y + scale * delta of gate and up, or of up alone, through the activation.
 template <typename T, int kSlices>
-__device__ __forceinline__ uint4 activate(const ExpandTask& task, const uint4 (&y)[kSlices],
+__device__ __forceinline__ uint4 activate(const ActivationOf& act, const uint4 (&y)[kSlices],
                                           const float (&scale)[kSlices], const float (&delta)[kSlices][8]) {
   float value[kSlices][8];
 #pragma unroll
@@ -90,9 +89,9 @@ __device__ __forceinline__ uint4 activate(const ExpandTask& task, const uint4 (&
     }
   }
   if (kSlices == 2) {
-    activate_gated(task.act, value[0], value[kSlices - 1], task.alpha, task.limit);
+    activate_gated(act.act, value[0], value[kSlices - 1], act.alpha, act.limit);
   } else {
-    activate8(task.act, value[0]);
+    activate_all(act.act, value[0]);
   }
   return {pack(value[0][0], value[0][1], T{}), pack(value[0][2], value[0][3], T{}), pack(value[0][4], value[0][5], T{}),
           pack(value[0][6], value[0][7], T{})};
@@ -156,7 +155,8 @@ __device__ __forceinline__ void activate_base_rows(const ExpandTask& task) {
         for (int s = 0; s < kSlices; ++s) y[s] = ptx::load16(from + task.col[s] + n);
       }
       const float scale[kSlices] = {}, delta[kSlices][8] = {};
-      ptx::store16(static_cast<T*>(task.out) + row * task.out_stride + n, activate<T, kSlices>(task, y, scale, delta));
+      ptx::store16(static_cast<T*>(task.out) + row * task.out_stride + n,
+                   activate<T, kSlices>(task.act, y, scale, delta));
     }
   }
 }
@@ -201,9 +201,12 @@ __device__ __forceinline__ void finish32(const ExpandTask& task, const float (*a
       for (int s = 0; s < kSlices; ++s) y[s] = staged.load(s, g + 8 * half, t);
     }
     if (kFinish == Finish::kAct) {
-      ptx::store16(out[half] + n, activate<T, kSlices>(task, y, factor, delta));
+      ptx::store16(out[half] + n, activate<T, kSlices>(task.act, y, factor, delta));
     } else if (kFinish == Finish::kDelta) {
-      ptx::store16(out[half] + n - task.n_begin, add_scaled<T>(uint4{0, 0, 0, 0}, factor[0], delta[0]));
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+        ptx::store16(out[half] + task.col[s] + n - task.n_begin, add_scaled<T>(uint4{0, 0, 0, 0}, factor[s], delta[s]));
+      }
     } else {
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
@@ -250,15 +253,14 @@ inline ExpandTask act_task(const GateUpActParams& g, int planes) {
   ExpandTask task = expand_task(g.lora, planes);
   task.out = g.h;
   task.out_stride = g.h_stride;
-  task.act = g.act;
-  task.alpha = g.alpha;
-  task.limit = g.limit;
+  task.act = {g.act, g.alpha, g.limit};
   return task;
 }
 inline ExpandTask delta_task(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end) {
   ExpandTask task = expand_task(p, planes);
   task.out = delta;
   task.out_stride = n_end - n_begin;
+  task.col[0] = 0;
   task.n_begin = n_begin;
   task.n_end = n_end;
   return task;

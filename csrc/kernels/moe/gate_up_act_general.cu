@@ -1,4 +1,4 @@
-// moe_gate_up_act: h = act(y1 + delta), general path.
+// moe_gate_up_act and moe_act: h = act(y1 + delta), general path.
 //
 // A block takes one position and 256 outputs of h; a thread takes one output, gate and up. Positions without an
 // adapter pass through the activation alone; positions of kNoRow are left alone.
@@ -24,7 +24,12 @@ __global__ void __launch_bounds__(kThreads) gate_up_act_general(const __grid_con
   float value[2] = {};  // gate and up, or up alone
   for (int slice = 0; slice < p.slices.count; ++slice) {
     float sum = 0.f;
-    if (group >= 0) {
+    if (group >= 0 && g.delta != nullptr) {
+      if (has_output) {
+        const T* delta = static_cast<const T*>(g.delta) + row * g.delta_stride;
+        sum = to_float(delta[int64_t{slice} * p.slices.width[0] + n]);
+      }
+    } else if (group >= 0) {
       const SliceEntry entry = load_scaled_v(p, group, slice, row, smem_v);
       if (has_output && entry.rank > 0) sum = row_times_b<T>(p, entry, slice, n, smem_v);
     }

@@ -1,4 +1,5 @@
-// moe_gate_up_, moe_down_, moe_gate_up_act, moe_down_reduce: the path that serves the call.
+// moe_gate_up_, moe_down_, moe_gate_up_act, moe_down_reduce, moe_delta, moe_act, moe_reduce: the path that serves the
+// call.
 //
 //   mma      streams of weights, 16-bit, aligned, 8.0 and later: moe_stream.cu
 //   general  everything: shrink_general.cu, expand_general.cu, *_general.cu
@@ -66,6 +67,44 @@ cudaError_t down_reduce(const DownReduceParams& d, cudaStream_t stream) {
   general.lora = with_v_in_scratch(d.lora);
   if (!adds_nothing(d.lora)) error = shrink_general_path(general.lora, stream);
   return error == cudaSuccess ? down_reduce_general_path(general, stream) : error;
+}
+
+cudaError_t moe_delta_scratch(const LoraParams& p, int64_t& bytes) {
+  Path path;
+  const cudaError_t error = choose_moe(moe_stream_serves(p), path);
+  bytes = v_bytes(p);
+  return error == cudaSuccess && path == Path::kMma ? moe_deltas_scratch(p, bytes) : error;
+}
+
+cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
+  if (adds_nothing(p)) return cudaSuccess;
+  Path path;
+  cudaError_t error = choose_moe(moe_stream_serves(p), path);
+  if (error != cudaSuccess) return error;
+  if (path == Path::kMma) return moe_delta_path(p, stream);
+  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  int64_t width = 0;
+  for (int s = 0; s < p.slices.count; ++s) width += p.slices.width[s];
+  if (width == 0) return cudaSuccess;
+  error = cudaMemset2DAsync(p.y, static_cast<size_t>(p.y_stride * element), 0, static_cast<size_t>(width * element),
+                            static_cast<size_t>(p.rows), stream);
+  return error == cudaSuccess ? linear_general_path(p, stream) : error;
+}
+
+cudaError_t moe_act(const GateUpActParams& g, cudaStream_t stream) {
+  if (g.lora.rows == 0 || g.lora.slices.width[0] == 0) return cudaSuccess;
+  Path path;
+  const cudaError_t error = choose_moe(moe_add_act_serves(g), path);
+  if (error != cudaSuccess) return error;
+  return (path == Path::kMma ? moe_add_act_path : gate_up_act_general_path)(g, stream);
+}
+
+cudaError_t moe_reduce(const DownReduceParams& d, cudaStream_t stream) {
+  if (d.tokens == 0 || d.lora.slices.width[0] == 0) return cudaSuccess;
+  Path path;
+  const cudaError_t error = choose_moe(moe_add_reduce_serves(d), path);
+  if (error != cudaSuccess) return error;
+  return (path == Path::kMma ? moe_add_reduce_path : down_reduce_general_path)(d, stream);
 }
 
 }  // namespace polylora::cuda

@@ -16,17 +16,19 @@ namespace polylora::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kPairs = kFewTokenPairs;
 constexpr int kAtOnce = 8;  // pairs
 
 struct FewTask {
   DownReduceParams d;
+  PairSource pairs;
   StreamTask stream;
   int32_t lanes_log2;  // that share an output
   int32_t v_pitch;     // of v in shared memory: ranks that an entry can have, a multiple of 8
 };
 
 struct FewSmem {
-  TokenPairs pairs;
+  TokenPair pair[kPairs];
   SliceEntry entry[kPairs];
   // behind: v of the pairs, [top_k][v_pitch]
 };
@@ -65,12 +67,11 @@ __global__ void __launch_bounds__(kThreads) moe_down_few(const __grid_constant__
   const int last_chunk = static_cast<int>(int64_t{chunks} * (blockIdx.y + 1) / gridDim.y);
 
   ptx::launch_next_grid();
-  load_pairs(d, token, 0, smem.pairs);
   if (threadIdx.x < kPairs) {
-    SliceEntry& entry = smem.entry[threadIdx.x];
-    entry = {};
-    const int32_t group = smem.pairs.group[threadIdx.x];  // this thread wrote it
-    if (group >= 0) entry = entry_of(p, group, 0);
+    const int j = static_cast<int>(threadIdx.x);
+    const TokenPair pair = j < d.top_k ? load_pair(task.pairs, token * d.top_k + j) : TokenPair{-1, kNoAdapter, 0.f};
+    smem.pair[j] = pair;
+    smem.entry[j] = pair.group >= 0 ? entry_of(p, pair.group, 0) : SliceEntry{};
   }
   __syncthreads();
   bool waited = false;
@@ -86,14 +87,14 @@ __global__ void __launch_bounds__(kThreads) moe_down_few(const __grid_constant__
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int j = first + i;
-        const bool has = j < d.top_k && inside && smem.pairs.row[j] >= 0;
+        const bool has = j < d.top_k && inside && smem.pair[j].row >= 0;
         const SliceEntry& entry = smem.entry[min(j, kPairs - 1)];
         const T* b_row = static_cast<const T*>(p.slices.b[0]) + entry.b_offset + int64_t{n} * entry.b_stride;
         b[i] = {0, 0, 0, 0};
         if (has && is_piece(entry, 8 * sub)) b[i] = ptx::load_weights16(b_row + 8 * sub);
         y[i] = 0;
         if (has && sub == 0) {
-          const int64_t at = int64_t{smem.pairs.row[j]} * p.y_stride + output_col(p.slices, 0, n);
+          const int64_t at = int64_t{smem.pair[j].row} * p.y_stride + output_col(p.slices, 0, n);
           y[i] = static_cast<const uint16_t*>(p.y)[at];
         }
       }
@@ -105,8 +106,8 @@ __global__ void __launch_bounds__(kThreads) moe_down_few(const __grid_constant__
 #pragma unroll 1
         for (int j = static_cast<int>(threadIdx.x) / kThreadsAPair; j < d.top_k; j += kThreads / kThreadsAPair) {
           const SliceEntry& entry = smem.entry[j];
-          const float scale = entry.scale * smem.pairs.weight[j];
-          const float* from = stream.plane + int64_t{smem.pairs.row[j]} * stream.plane_width;
+          const float scale = entry.scale * smem.pair[j].weight;
+          const float* from = stream.plane + int64_t{smem.pair[j].row} * stream.plane_width;
 #pragma unroll 2
           for (int r = static_cast<int>(threadIdx.x) % kThreadsAPair; r < entry.rank; r += kThreadsAPair) {
             float sum = 0.f;
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) moe_down_few(const __grid_constant__
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int j = first + i;
-        if (j >= d.top_k || smem.pairs.row[j] < 0) continue;
-        if (sub == 0) base = fmaf(d.y_weighted ? 1.f : smem.pairs.weight[j], unpack(y[i], T{}).x, base);
+        if (j >= d.top_k || smem.pair[j].row < 0) continue;
+        if (sub == 0) base = fmaf(d.y_weighted ? 1.f : smem.pair[j].weight, unpack(y[i], T{}).x, base);
         const SliceEntry& entry = smem.entry[j];
         const float* v = smem_v + j * task.v_pitch;
         int r = 8 * sub;
@@ -159,7 +160,7 @@ cudaError_t moe_down_few_path(const DownReduceParams& d, int planes, cudaStream_
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  FewTask task{d, stream_task(d.lora, planes), 0, 0};
+  FewTask task{d, pair_source(d), stream_task(d.lora, planes), 0, 0};
   task.v_pitch = static_cast<int32_t>(divide_up(min64(d.lora.v_width, kMaxRank), 8) * 8);
   const int64_t rank = even_rank(d.lora);
   while (task.lanes_log2 < 3 && rank > 8 << task.lanes_log2) ++task.lanes_log2;

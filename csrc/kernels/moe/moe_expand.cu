@@ -1,6 +1,6 @@
 // expand for MoE, sm_80 and later: v B^T for up to 16 rows of a group (slot, expert) at a time, then what the caller
 // wants of it: y += delta; h = act(y1 + delta), gate and up side by side or interleaved; or the weighted deltas on
-// their own, which moe_sum.cu adds up (finish.cuh).
+// their own, for moe_act.cu and moe_sum.cu (finish.cuh).
 //
 // A unit is a tile and a part of the outputs, in groups of kGroup, which the block's warps take in turn. A warp brings
 // a group's B (up to kRanks ranks of all slices) and y through a ring of its own. v is made once a unit, from the
@@ -286,55 +286,64 @@ int64_t smem_bytes(const ExpandTask& task) {
 }
 
 template <typename T, Finish kFinish, int kSlices, int kRanks>
-cudaError_t launch_expand(const LoraParams& p, const Device& device, ExpandTask& task, cudaStream_t stream) {
-  LaunchShape shape = spread_expand(p, blocks_of(kSlices, kRanks) * device.sms, group_of(kSlices, kRanks),
-                                    kFinish == Finish::kAct, task);
+cudaError_t launch_expand(const LoraParams& p, const Device& device, ExpandTask& task, int most_blocks,
+                          cudaStream_t stream) {
+  const int blocks = blocks_of(kSlices, kRanks);
+  LaunchShape shape = spread_expand(p, (most_blocks < blocks ? most_blocks : blocks) * device.sms,
+                                    group_of(kSlices, kRanks), kFinish == Finish::kAct, task);
   shape.smem_bytes = smem_bytes<kFinish, kSlices, kRanks>(task);
   return launch<&moe_expand<T, kFinish, kSlices, kRanks>>(device, shape, task, stream);
 }
 
 template <typename T, Finish kFinish, int kSlices>
-cudaError_t launch_expand(const LoraParams& p, const Device& device, ExpandTask& task, cudaStream_t stream) {
+cudaError_t launch_expand(const LoraParams& p, const Device& device, ExpandTask& task, int most_blocks,
+                          cudaStream_t stream) {
   const int64_t rank = even_rank(p);
-  if (rank <= 16) return launch_expand<T, kFinish, kSlices, 16>(p, device, task, stream);
+  if (rank <= 16) return launch_expand<T, kFinish, kSlices, 16>(p, device, task, most_blocks, stream);
   if (rank <= 32 || device.smem_bytes < smem_bytes<kFinish, kSlices, 64>(task)) {
-    return launch_expand<T, kFinish, kSlices, 32>(p, device, task, stream);
+    return launch_expand<T, kFinish, kSlices, 32>(p, device, task, most_blocks, stream);
   }
-  return launch_expand<T, kFinish, kSlices, 64>(p, device, task, stream);
+  return launch_expand<T, kFinish, kSlices, 64>(p, device, task, most_blocks, stream);
 }
 
 template <Finish kFinish>
-cudaError_t launch_expand(const LoraParams& p, ExpandTask& task, cudaStream_t stream) {
+cudaError_t launch_expand(const LoraParams& p, ExpandTask& task, int most_blocks, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const bool bf16 = p.dtype == DType::kBFloat16;
-  if constexpr (kFinish != Finish::kDelta) {
-    if (p.slices.count == 2) {
-      return bf16 ? launch_expand<__nv_bfloat16, kFinish, 2>(p, device, task, stream)
-                  : launch_expand<__half, kFinish, 2>(p, device, task, stream);
-    }
+  if (p.slices.count == 2) {
+    return bf16 ? launch_expand<__nv_bfloat16, kFinish, 2>(p, device, task, most_blocks, stream)
+                : launch_expand<__half, kFinish, 2>(p, device, task, most_blocks, stream);
   }
-  return bf16 ? launch_expand<__nv_bfloat16, kFinish, 1>(p, device, task, stream)
-              : launch_expand<__half, kFinish, 1>(p, device, task, stream);
+  return bf16 ? launch_expand<__nv_bfloat16, kFinish, 1>(p, device, task, most_blocks, stream)
+              : launch_expand<__half, kFinish, 1>(p, device, task, most_blocks, stream);
 }
 
 }  // namespace
 
 cudaError_t moe_expand_add_path(const LoraParams& p, int planes, cudaStream_t stream) {
   ExpandTask task = add_task(p, planes);
-  return p.plan.max_tiles == 0 ? cudaSuccess : launch_expand<Finish::kAdd>(p, task, stream);
+  return p.plan.max_tiles == 0 ? cudaSuccess : launch_expand<Finish::kAdd>(p, task, kAllBlocks, stream);
 }
 
 cudaError_t moe_expand_act_path(const GateUpActParams& g, int planes, cudaStream_t stream) {
   ExpandTask task = act_task(g, planes);
-  return launch_expand<Finish::kAct>(g.lora, task, stream);
+  return launch_expand<Finish::kAct>(g.lora, task, kAllBlocks, stream);
+}
+
+cudaError_t moe_expand_deltas_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream) {
+  ExpandTask task = expand_task(p, planes);
+  task.out = p.y;
+  task.out_stride = p.y_stride;
+  task.interleaved = false;
+  return p.plan.max_tiles == 0 ? cudaSuccess : launch_expand<Finish::kDelta>(p, task, most_blocks, stream);
 }
 
 cudaError_t moe_expand_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
                                   cudaStream_t stream) {
   ExpandTask task = delta_task(p, planes, delta, n_begin, n_end);
-  return p.plan.max_tiles == 0 ? cudaSuccess : launch_expand<Finish::kDelta>(p, task, stream);
+  return p.plan.max_tiles == 0 ? cudaSuccess : launch_expand<Finish::kDelta>(p, task, kAllBlocks, stream);
 }
 
 }  // namespace polylora::cuda

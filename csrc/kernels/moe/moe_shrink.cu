@@ -262,8 +262,10 @@ __global__ void __launch_bounds__(kStreamThreads, blocks_of(kTiles))
 }
 
 template <int kTiles>
-cudaError_t launch_shrink(const Device& device, const StreamTask& task, DType dtype, cudaStream_t stream) {
-  LaunchShape shape = stream_shape(blocks_of(kTiles) * device.sms, task.max_tiles, task.parts);
+cudaError_t launch_shrink(const Device& device, const StreamTask& task, DType dtype, int most_blocks,
+                          cudaStream_t stream) {
+  const int blocks = most_blocks < blocks_of(kTiles) ? most_blocks : blocks_of(kTiles);
+  LaunchShape shape = stream_shape(blocks * device.sms, task.max_tiles, task.parts);
   shape.smem_bytes = sizeof(ShrinkSmem<kTiles>);
   return dtype == DType::kBFloat16 ? launch<&moe_shrink<__nv_bfloat16, kTiles>>(device, shape, task, stream)
                                    : launch<&moe_shrink<__half, kTiles>>(device, shape, task, stream);
@@ -280,14 +282,14 @@ int tiles_a_pass(const LoraParams& p, const Device& device) {
 
 }  // namespace
 
-cudaError_t moe_planes(const LoraParams& p, int& planes) {
+cudaError_t moe_planes(const LoraParams& p, int most_blocks, int& planes) {
   constexpr int kMostPlanes = 8;
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t most = min64(divide_up(p.k, kChunkK) / kStreamWarps, kMostPlanes);
-  const int blocks = blocks_of(tiles_a_pass(p, device)) * device.sms;
-  planes = batch_invariant() ? 1 : stream_parts(p.plan.max_tiles, blocks, most);
+  const int blocks = blocks_of(tiles_a_pass(p, device));
+  planes = batch_invariant() ? 1 : stream_parts(p.plan.max_tiles, min64(blocks, most_blocks) * device.sms, most);
   return cudaSuccess;
 }
 
@@ -295,7 +297,7 @@ int64_t moe_plane_bytes(const LoraParams& p, int planes) {
   return planes * p.rows * plane_width(p.v_width, p.slices.count) * int64_t{sizeof(float)};
 }
 
-cudaError_t moe_shrink_path(const LoraParams& p, int planes, cudaStream_t stream) {
+cudaError_t moe_shrink_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream) {
   if (p.plan.max_tiles == 0) return cudaSuccess;
   Device device;
   const cudaError_t error = current_device(device);
@@ -305,7 +307,7 @@ cudaError_t moe_shrink_path(const LoraParams& p, int planes, cudaStream_t stream
   const int tiles = tiles_a_pass(p, device);
   return (tiles == 1   ? launch_shrink<1>
           : tiles == 2 ? launch_shrink<2>
-                       : launch_shrink<4>)(device, task, p.dtype, stream);
+                       : launch_shrink<4>)(device, task, p.dtype, most_blocks, stream);
 }
 
 }  // namespace polylora::cuda

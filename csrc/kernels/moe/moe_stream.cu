@@ -3,8 +3,8 @@
 //   gate/up and down in place  moe_expand.cu
 //   gate/up and activation     moe_expand.cu
 //   down and sum               few tokens: moe_down_few.cu; else moe_expand.cu and moe_sum.cu in turn
+//   deltas alone               moe_expand.cu; what adds them: moe_act.cu, moe_sum.cu
 #include "linear/paths.h"
-#include "moe/pairs.cuh"
 #include "moe/paths.h"
 #include "moe/stream.cuh"
 
@@ -20,7 +20,7 @@ constexpr int64_t kDeltaBytes = int64_t{40} << 20;
 
 bool is_few(const DownReduceParams& d) {
   const bool few = d.tokens * d.top_k <= kFewPairs && d.top_k * even_rank(d.lora) <= kFewRanks;
-  return few && d.top_k <= kPairs && !batch_invariant();
+  return few && d.top_k <= kFewTokenPairs && !batch_invariant();
 }
 
 // Outputs of which deltas are made at once.
@@ -31,6 +31,16 @@ int32_t delta_columns(const DownReduceParams& d) {
   if (fit >= width) return static_cast<int32_t>(width);
   const int64_t passes = divide_up(width, fit < kStep ? kStep : fit);
   return static_cast<int32_t>(divide_up(divide_up(width, passes), 8) * 8);
+}
+
+// Blocks an SM of the kernels that make deltas beside a GEMM of the base: what they take of registers and shared memory
+// that has not. H200, us added to the layer by one and by three: qwen35-35b r16 M64 30, 43, M256 87, 97; by one and by
+// two: r64 M64 105, 112, but r64 M256 338, 308, where the deltas take longer than the GEMM.
+int blocks_beside(const LoraParams& p) {
+  constexpr int64_t kMuch = int64_t{512} << 20;  // bytes of weights
+  int64_t elements_a_rank = p.k * p.slices.count;
+  for (int s = 0; s < p.slices.count; ++s) elements_a_rank += p.slices.width[s];
+  return 2 * plan_max_runs(p.rows, p.slices.groups) * even_rank(p) * elements_a_rank > kMuch ? 2 : 1;
 }
 
 int64_t plane_bytes_aligned(const LoraParams& p, int planes) { return divide_up(moe_plane_bytes(p, planes), 16) * 16; }
@@ -67,9 +77,17 @@ bool moe_reduce_serves(const DownReduceParams& d) {
   return moe_stream_serves(d.lora) && d.out_stride % 8 == 0 && is_aligned(d.out, 16);
 }
 
+bool moe_add_act_serves(const GateUpActParams& g) {
+  return moe_act_serves(g) && g.delta_stride % 8 == 0 && is_aligned(g.delta, 16);
+}
+
+bool moe_add_reduce_serves(const DownReduceParams& d) {
+  return moe_reduce_serves(d) && d.delta_stride % 8 == 0 && is_aligned(d.delta, 16);
+}
+
 cudaError_t moe_linear_scratch(const LoraParams& p, int64_t& bytes) {
   int planes = 0;
-  const cudaError_t error = moe_planes(p, planes);
+  const cudaError_t error = moe_planes(p, kAllBlocks, planes);
   bytes = plane_bytes_aligned(p, planes);
   return error;
 }
@@ -77,9 +95,9 @@ cudaError_t moe_linear_scratch(const LoraParams& p, int64_t& bytes) {
 namespace {
 
 // What all begin with; sets how K was shared.
-cudaError_t shrink(const LoraParams& p, int& planes, cudaStream_t stream) {
-  const cudaError_t error = moe_planes(p, planes);
-  return error == cudaSuccess ? moe_shrink_path(p, planes, stream) : error;
+cudaError_t shrink(const LoraParams& p, int& planes, cudaStream_t stream, int most_blocks = kAllBlocks) {
+  const cudaError_t error = moe_planes(p, most_blocks, planes);
+  return error == cudaSuccess ? moe_shrink_path(p, planes, most_blocks, stream) : error;
 }
 
 }  // namespace
@@ -99,6 +117,20 @@ cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream) 
   int planes = 0;
   const cudaError_t error = shrink(g.lora, planes, stream);
   return error == cudaSuccess ? moe_expand_act_path(g, planes, stream) : error;
+}
+
+cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
+  int planes = 0;
+  const cudaError_t error = moe_planes(p, blocks_beside(p), planes);
+  bytes = moe_plane_bytes(p, planes);
+  return error;
+}
+
+cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream) {
+  const int most_blocks = blocks_beside(p);
+  int planes = 0;
+  const cudaError_t error = shrink(p, planes, stream, most_blocks);
+  return error == cudaSuccess ? moe_expand_deltas_path(p, planes, most_blocks, stream) : error;
 }
 
 cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {

@@ -5,39 +5,43 @@
 
 namespace polylora::cuda {
 
-/// A token's pairs that are handled at once.
-inline constexpr int kPairs = 32;
-
-struct TokenPairs {
-  int32_t row[kPairs];    // of y2; -1: contributes nothing
-  int32_t group[kPairs];  // kNoAdapter: y2 alone
-  float weight[kPairs];
+/// Where it stands. Small: a block's first reads of its parameters miss every cache.
+struct PairSource {
+  const int32_t* header;
+  const int32_t* row_group;  // [rows]
+  const int32_t* pair_pos;   // [pairs]; null: rows are pairs
+  const float* weight;       // [pairs]
+  int64_t rows;
+  int32_t plan_rows, plan_groups, plan_pairs;  // that the plan must have been made for
 };
 
-/// Of pairs [first, first + kPairs) of a token, a thread each; the block syncs afterwards. May be called before
-/// griddepcontrol.wait: what it reads was there before this call's moe_shrink let the next kernel start.
-__device__ __forceinline__ void load_pairs(const DownReduceParams& d, int64_t token, int first, TokenPairs& to) {
-  const int j = static_cast<int>(threadIdx.x);
-  if (j >= kPairs) return;
+inline PairSource pair_source(const DownReduceParams& d) {
   const PlanView& plan = d.lora.plan;
-  to.row[j] = -1;
-  to.group[j] = kNoAdapter;
-  if (first + j >= d.top_k) return;
-  const int64_t pair = token * d.top_k + first + j;
+  return {plan.header, plan.row_group, plan.pair_pos, d.lora.row_weight,
+          d.lora.rows, plan.rows,      plan.groups,   plan.pairs};
+}
+
+struct TokenPair {
+  int32_t row;    // of y2; -1: contributes nothing
+  int32_t group;  // kNoAdapter: y2 alone
+  float weight;
+};
+
+/// May be called before griddepcontrol.wait where the kernel before is this call's moe_shrink: what it reads was there
+/// before that let the next kernel start.
+__device__ __forceinline__ TokenPair load_pair(const PairSource& from, int64_t pair) {
   // reads that need not wait for each other first, what they mean afterwards
-  const float weight = d.lora.row_weight[pair];
-  const int64_t mapped = plan.pair_pos != nullptr ? plan.pair_pos[pair] : pair;
-  const bool inside = mapped >= 0 && mapped < d.lora.rows;
-  int32_t group = plan.row_group[inside ? mapped : 0];
+  const float weight = from.weight[pair];
+  const int64_t mapped = from.pair_pos != nullptr ? from.pair_pos[pair] : pair;
+  const bool inside = mapped >= 0 && mapped < from.rows;
+  int32_t group = from.row_group[inside ? mapped : 0];
   int64_t row = mapped;
-  if (!load_head(plan).fits) {
+  if (!load_head(from.header, from.plan_rows, from.plan_groups, from.plan_pairs).fits) {
     row = pair;
     group = kNoAdapter;
   }
-  if (row < 0 || row >= d.lora.rows || group == kNoRow) return;
-  to.row[j] = static_cast<int32_t>(row);
-  to.group[j] = group;
-  to.weight[j] = weight;
+  if (row < 0 || row >= from.rows || group == kNoRow) return {-1, kNoAdapter, 0.f};
+  return {static_cast<int32_t>(row), group, weight};
 }
 
 }  // namespace polylora::cuda

@@ -22,6 +22,20 @@ bool moe_act_serves(const GateUpActParams& g);
 cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes);
 cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream);
 
+/// The deltas alone: p.y is [rows, sum of widths].
+cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes);
+cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream);
+
+/// Bytes of deltas up to which kernels ask for them before they know whether a row has any. Tests set it lower.
+#ifndef POLYLORA_SHORT_DELTAS
+#define POLYLORA_SHORT_DELTAS (8 << 20)
+#endif
+inline constexpr int64_t kShortDeltas = POLYLORA_SHORT_DELTAS;
+
+/// h = act(y1 + g.delta).
+bool moe_add_act_serves(const GateUpActParams& g);
+cudaError_t moe_add_act_path(const GateUpActParams& g, cudaStream_t stream);
+
 /// out = sum over a token's experts of w * (y2 + delta).
 bool moe_reduce_serves(const DownReduceParams& d);
 cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes);
@@ -35,21 +49,31 @@ cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream);
 cudaError_t gate_up_act_general_path(const GateUpActParams& g, cudaStream_t stream);
 cudaError_t down_reduce_general_path(const DownReduceParams& d, cudaStream_t stream);
 
-/// The pieces. `planes`: parts of K, whose sums stand in p.scratch.
-cudaError_t moe_planes(const LoraParams& p, int& planes);
+/// The pieces. `planes`: parts of K, whose sums stand in p.scratch. `most_blocks`: of an SM; fewer than it has room for
+/// leave that to a kernel beside.
+inline constexpr int kAllBlocks = 32;
+cudaError_t moe_planes(const LoraParams& p, int most_blocks, int& planes);
 int64_t moe_plane_bytes(const LoraParams& p, int planes);
-cudaError_t moe_shrink_path(const LoraParams& p, int planes, cudaStream_t stream);
+cudaError_t moe_shrink_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
 cudaError_t moe_expand_add_path(const LoraParams& p, int planes, cudaStream_t stream);
 cudaError_t moe_expand_act_path(const GateUpActParams& g, int planes, cudaStream_t stream);
 
-/// Weighted deltas of all rows, outputs [n_begin, n_end): `delta` is [rows, n_end - n_begin] of the call's dtype.
+/// Weighted deltas of all rows and outputs, into p.y.
+cudaError_t moe_expand_deltas_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
+
+/// The same of one slice, outputs [n_begin, n_end): `delta` is [rows, n_end - n_begin] of the call's dtype.
 cudaError_t moe_expand_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
                                   cudaStream_t stream);
 /// The sum of y2 and these deltas over a token's experts.
 cudaError_t moe_sum_path(const DownReduceParams& d, const void* delta, int32_t n_begin, int32_t n_end,
                          cudaStream_t stream);
 
+/// The same with d.delta, of another call.
+bool moe_add_reduce_serves(const DownReduceParams& d);
+cudaError_t moe_add_reduce_path(const DownReduceParams& d, cudaStream_t stream);
+
 /// Few tokens: both in one kernel, a block a token and part of the outputs, each pair's B read for that token alone.
+inline constexpr int kFewTokenPairs = 32;
 cudaError_t moe_down_few_path(const DownReduceParams& d, int planes, cudaStream_t stream);
 
 }  // namespace polylora::cuda

@@ -37,10 +37,9 @@ def add_bench(commands: Any) -> None:
     _add_common(moe, "vllm, classic, virtual, v2")
     moe.add_argument("--base", choices=("auto", "triton", "torch"), default="auto", help="whose base GEMMs: SGLang's "
                      "Triton kernels or torch's (default triton where it can be imported)")  # fmt: skip
-    moe.add_argument("--unfused", action="store_true", help="also polylora's ops that add into the base's buffers, "
-                     "beside its activation and sum")  # fmt: skip
-    moe.add_argument("--side-plan", action="store_true", help="polylora's plan on a stream of its own, beside the "
-                     "gate/up GEMM instead of before it")  # fmt: skip
+    moe.add_argument("--seams", type=_seams, default=["beside"], metavar="NAMES", help="where polylora's ops stand: "
+                     "beside (deltas on a second stream beside the GEMMs), fused (all after them), added (into the "
+                     "base's buffers), or several (default beside)")  # fmt: skip
     moe.set_defaults(run=_bench_moe)
 
     plot = commands.add_parser("plot", help="draw saved results; needs no GPU")
@@ -78,6 +77,15 @@ def _paths(text: str) -> list[str]:
     names = _names(text)
     if unknown := [name for name in names if name not in _PATHS]:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(_PATHS)}, got {unknown[0]!r}")
+    return names
+
+
+def _seams(text: str) -> list[str]:
+    from polylora.bench.moe_peers import SEAMS
+
+    names = _names(text)
+    if unknown := [name for name in names if name not in SEAMS]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(SEAMS)}, got {unknown[0]!r}")
     return names
 
 
@@ -240,9 +248,8 @@ def _bench_moe(arguments: argparse.Namespace) -> int:
             base = moe_peers.find_base(arguments.base)
         except ImportError as error:
             raise _refuse(f"--base must be one that can be imported, got triton: {error}; see --peers-path") from None
-        seams = (True, False) if arguments.unfused else (True,)
-        ours = [moe_peers.MoePolylora(p, fused, arguments.side_plan) for p in _own_paths(arguments) for fused in seams]
-        options = moe.Options(chosen, ours + found, base, _notes(arguments) | {"side_plan": arguments.side_plan})
+        ours = [moe_peers.MoePolylora(path, s) for path in _own_paths(arguments) for s in arguments.seams]
+        options = moe.Options(chosen, ours + found, base, _notes(arguments) | {"seams": arguments.seams})
         return _measure(arguments, lambda *how: moe.run(options, *how))
 
     return _run("moe", command)

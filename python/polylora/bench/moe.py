@@ -165,7 +165,7 @@ class _MoeRun(Run):
             "cold": problem.cold,
         }
         if isinstance(implementation, MoePolylora):
-            record |= {"fused": implementation.fused, "plan_stream": "side" if implementation.side_plan else "same"}
+            record["seams"] = implementation.seams
         return self.checked(record, problem, implementation, measure)
 
     def _row(self, case: MoeCase, problem: MoeProblem, found: list[Record]) -> None:

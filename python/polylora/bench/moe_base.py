@@ -28,12 +28,14 @@ class Base:
     Attributes:
         name: ``triton`` or ``torch``.
         weighted: y2 carries the top-k weights.
+        mapped: rows of y1, h and y2 are in an order of the base's own: layers have a row map after ``route``.
         problem: whose weights it multiplies with.
         h: ``[pairs, I]``, what :meth:`Layer.act` writes. ``out``: ``[rows, H]``, what :meth:`Layer.reduce` writes.
     """
 
     name = ""
     weighted = False
+    mapped = False
 
     def __init__(self, problem: MoeProblem) -> None:
         case = problem.case
@@ -109,6 +111,7 @@ def _compiled(function: Any, device: torch.device) -> Any:
 
 class TorchBase(Base):
     name = "torch"
+    mapped = True
 
     def __init__(self, problem: MoeProblem) -> None:
         super().__init__(problem)

@@ -15,8 +15,9 @@ weights, SGLang and polylora in place; vLLM has gate and up in tensors of their 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -26,6 +27,12 @@ from polylora.bench.moe_cases import SLOTS
 from polylora.bench.moe_problem import MoeProblem, Pool, Routing
 from polylora.bench.peers import Call, Implementation, Polylora
 from polylora.ops import ACTIVATIONS
+
+#: Where polylora's ops stand in the forward. ``beside``: ``moe_delta`` on a stream of its own beside each of the base's
+#: GEMMs, the plan before the first of them, then ``moe_act`` and ``moe_reduce``. ``fused``: ``moe_gate_up_act`` in the
+#: place of the base's activation, ``moe_down_reduce`` in that of its sum. ``added``: ``moe_gate_up_`` and ``moe_down_``
+#: before them.
+SEAMS = ("beside", "fused", "added")
 
 
 class Unserved(RuntimeError):
@@ -48,86 +55,134 @@ class _Halves:
         self.down = polylora.SliceTable.from_sglang_moe(pool.down_a, pool.down_b, ranks, widths=[model.hidden])
 
 
+@dataclass
+class _Ops:
+    """One layer's calls.
+
+    Attributes:
+        fill: the plan.
+        up_delta, down_delta: what needs no result of the base's GEMM; None where nothing is made before it.
+        up: after the gate/up GEMM, of y1. ``down``: after the down GEMM, of y2.
+    """
+
+    fill: Call
+    up_delta: Call | None
+    up: Callable[[torch.Tensor], None]
+    down_delta: Call | None
+    down: Callable[[torch.Tensor], None]
+
+
 class MoePolylora(Polylora):
     """polylora's ops in a layer.
 
     Args:
         path: what ``POLYLORA_PATH`` forces; ``auto``: nothing.
-        fused: ``moe_gate_up_act`` in the place of the base's activation, ``moe_down_reduce`` in that of its sum;
-            else ``moe_gate_up_`` and ``moe_down_`` before them.
-        side_plan: the plan on a stream of its own beside the base's gate/up GEMM; else before it.
+        seams: one of :data:`SEAMS`.
     """
 
-    def __init__(self, path: str = "auto", fused: bool = True, side_plan: bool = False) -> None:
+    def __init__(self, path: str = "auto", seams: str = SEAMS[0]) -> None:
         super().__init__(path)
-        self.fused, self.side_plan = fused, side_plan
-        self.name += ("" if fused else ":unfused") + (":side" if side_plan else "")
+        self.seams = seams
+        self.name += "" if seams == SEAMS[0] else f":{seams}"
 
     def prepare(self, problem: MoeProblem) -> list[Call]:
+        case, model = problem.case, problem.case.model
         self.tables = [_Halves(problem, pool) for pool in problem.pools]
-        self.side = torch.cuda.Stream(problem.device) if self._beside(problem) else None
+        # what runs beside a GEMM is short, and would come last were it not for its priority
+        beside = self.seams == "beside" and problem.device.type == "cuda"
+        self.side = torch.cuda.Stream(problem.device, priority=-1) if beside else None
+        widths = model.slices * model.inner, model.hidden
+        empty = {"device": problem.device, "dtype": problem.dtype}
+        self.deltas = [torch.empty(case.pairs, width, **empty) for width in widths] if self.seams == "beside" else []
         shared = self._new_plan(problem, problem.base.layer(problem.routings[0]))
         return [self._forward(problem, problem.base.layer(routing), shared) for routing in problem.layers]
 
-    def _beside(self, problem: MoeProblem) -> bool:
-        return self.side_plan and problem.device.type == "cuda"
+    def close(self) -> None:
+        self.deltas = []
 
     @staticmethod
     def _new_plan(problem: MoeProblem, layer: Layer) -> torch.Tensor:
-        layer.route()
         case = problem.case
-        pairs = 0 if layer.row_map is None else case.pairs
+        pairs = case.pairs if layer.base.mapped else 0
         return polylora.Plan(case.pairs, SLOTS * case.model.experts, pairs, device=problem.device).tensor
 
+    def _beside(self, side_calls: Sequence[Call], gemm: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Calls beside a GEMM, or before it."""
+        if self.side is None:
+            for call in side_calls:
+                call()
+            return gemm()
+        here = torch.cuda.current_stream(self.side.device)
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
+            for call in side_calls:
+                call()
+        y = gemm()
+        here.wait_stream(self.side)
+        return y
+
     def _forward(self, problem: MoeProblem, layer: Layer, plan: torch.Tensor) -> Call:
-        fill, up, down = self._ops(problem, layer, plan)
+        ops = self._ops(problem, layer, plan)
+        added = self.seams == "added"
+
+        def routed() -> torch.Tensor:
+            if not layer.base.mapped:  # else the plan waits for it
+                layer.route()
+            return layer.gate_up()
 
         def forward() -> torch.Tensor:
-            layer.route()
-            if self.side is None:
-                fill()
-                y1 = layer.gate_up()
-            else:
-                here = torch.cuda.current_stream(problem.device)
-                self.side.wait_stream(here)
-                with torch.cuda.stream(self.side):
-                    fill()
-                y1 = layer.gate_up()
-                here.wait_stream(self.side)
-            up(y1)
-            h = layer.h if self.fused else layer.act(y1)
-            y2 = layer.down(h)
-            down(y2)
-            return layer.out if self.fused else layer.reduce(y2)
+            if layer.base.mapped:
+                layer.route()
+            y1 = self._beside([ops.fill] + ([ops.up_delta] if ops.up_delta else []), routed)
+            ops.up(y1)
+            h = layer.act(y1) if added else layer.h
+            y2 = self._beside([ops.down_delta] if ops.down_delta else [], lambda: layer.down(h))
+            ops.down(y2)
+            return layer.reduce(y2) if added else layer.out
 
         return forward
 
-    def _ops(self, problem: MoeProblem, layer: Layer, plan: torch.Tensor) -> tuple[Call, Any, Any]:
-        """The plan's call, and the two ops as functions of y1 and of y2."""
+    def _ops(self, problem: MoeProblem, layer: Layer, plan: torch.Tensor) -> _Ops:
         case, routing, x, h, ops = problem.case, layer.routing, problem.x, layer.h, torch.ops.polylora
         tables, model = self.tables[routing.pool], case.model
         u, d, top_k, stride = tables.up, tables.down, model.top_k, tables.col_stride
-        up = (x, u.a, u.b, u.table, plan, u.widths, u.cols, u.v_width)
-        down = (h, d.a, d.b, d.table, plan)
-        rest, weights, act = (d.widths, d.cols, d.v_width), routing.topk_weights, ACTIVATIONS[model.act]
-        # where the base multiplies the weights in with the sum, a delta added before must not have them yet
-        early = weights if layer.base.weighted else torch.ones_like(weights)
+        up, down = (x, u.a, u.b, u.table, plan), (h, d.a, d.b, d.table, plan)
+        up_rest, down_rest = (u.widths, u.cols, u.v_width), (d.widths, d.cols, d.v_width)
+        weights, act, weighted = routing.topk_weights, ACTIVATIONS[model.act], layer.base.weighted
 
         def fill() -> None:
             ops.moe_plan(plan, routing.topk_ids, routing.slots, SLOTS, model.experts, None, layer.row_map)
 
-        if self.fused:
-            return (
+        if self.seams == "beside":
+            pairs = case.pairs if layer.base.mapped else 0
+            of_up, of_down = self.deltas
+            return _Ops(
                 fill,
-                lambda y1: ops.moe_gate_up_act(h, y1, *up, top_k, act, 1.702, 7.0, stride, layer.row_map),
-                lambda y2: ops.moe_down_reduce(
-                    layer.out, y2, *down, weights, *rest, layer.row_map, layer.base.weighted
+                lambda: ops.moe_delta(of_up, *up, u.widths, u.v_width, top_k, None, layer.row_map),
+                lambda y1: ops.moe_act(
+                    h, y1, of_up, u.table, plan, u.widths, u.cols, act, 1.702, 7.0, stride, pairs
                 ),
+                lambda: ops.moe_delta(of_down, *down, d.widths, d.v_width, 0, weights, layer.row_map),
+                lambda y2: ops.moe_reduce(
+                    layer.out, y2, of_down, d.table, plan, weights, d.widths, d.cols, layer.row_map, weighted
+                ),
+            )  # fmt: skip
+        if self.seams == "fused":
+            return _Ops(
+                fill,
+                None,
+                lambda y1: ops.moe_gate_up_act(h, y1, *up, *up_rest, top_k, act, 1.702, 7.0, stride, layer.row_map),
+                None,
+                lambda y2: ops.moe_down_reduce(layer.out, y2, *down, weights, *down_rest, layer.row_map, weighted),
             )
-        return (
+        # where the base multiplies the weights in with the sum, a delta added before must not have them yet
+        early = weights if weighted else torch.ones_like(weights)
+        return _Ops(
             fill,
-            lambda y1: ops.moe_gate_up_(y1, *up, top_k, stride, layer.row_map),
-            lambda y2: ops.moe_down_(y2, *down, early, *rest, layer.row_map),
+            None,
+            lambda y1: ops.moe_gate_up_(y1, *up, *up_rest, top_k, stride, layer.row_map),
+            None,
+            lambda y2: ops.moe_down_(y2, *down, early, *down_rest, layer.row_map),
         )
 
     def alone(self, problem: MoeProblem) -> dict[str, list[Call]]:
@@ -139,14 +194,24 @@ class MoePolylora(Polylora):
         first.route()
         y1 = first.gate_up().clone()
         y2 = first.down(first.act(y1)).clone()
+
+        def half(delta: Call | None, seam: Callable[[torch.Tensor], None], y: torch.Tensor) -> Call:
+            def call() -> None:
+                if delta is not None:
+                    delta()
+                seam(y)
+
+            return call
+
         found: dict[str, list[Call]] = {"plan": [], "gate_up": [], "down": []}
         for routing in problem.routings:
             layer = problem.base.layer(routing)
-            fill, up, down = self._ops(problem, layer, self._new_plan(problem, layer))
-            fill()
-            found["plan"].append(fill)
-            found["gate_up"].append(lambda up=up: up(y1))
-            found["down"].append(lambda down=down: down(y2))
+            layer.route()
+            ops = self._ops(problem, layer, self._new_plan(problem, layer))
+            ops.fill()
+            found["plan"].append(ops.fill)
+            found["gate_up"].append(half(ops.up_delta, ops.up, y1))
+            found["down"].append(half(ops.down_delta, ops.down, y2))
         return found
 
 
