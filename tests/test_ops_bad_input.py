@@ -243,6 +243,11 @@ def changes(op: str, call: dict) -> Iterator[Change]:
         three = {"table": call["table"][:, :1].repeat(1, 3, 1), "widths": [8] * 3, "cols": [0, 8, 16]}
         yield "3 slices", three, ("widths", "table")
     if op == "moe_delta":
+        v = torch.zeros((6, call["v_width"]), device=call["plan"].device)
+        yield "a token less", {"v": v[:-1]}, ("v",)
+        yield "a column less", {"v": v[:, :-1]}, ("v",)
+        yield "bfloat16", {"v": v.bfloat16()}, ("v",)
+        yield "last stride 2", {"v": strided(v)}, ("v",)
         yield "None with a row map and no top_k", {
             "topk_weights": None, "top_k": 0, "x": call["x"].repeat_interleave(3, 0),
             "row_map": torch.zeros(18, dtype=torch.int32, device=call["plan"].device),

@@ -64,6 +64,10 @@ def variants(device: str) -> dict[str, tuple[str, dict]]:
             dict(out=h[: moe.tokens], y2=down.y.view, y2_weighted=True, **reduce),
         ),
         "delta, mapped": ("moe_delta", dict(delta=delta, **of_up)),
+        "delta of v, mapped": (
+            "moe_delta",
+            dict(delta=delta, v=torch.ones((moe.tokens, up.pools.v_width), device=device), **of_up),
+        ),
         "act, mapped, interleaved": (
             "moe_act",
             dict(h=h, y1=up.y.view, delta=delta, act=4, mapped_pairs=moe.topk_ids.numel(), **seam),

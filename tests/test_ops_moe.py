@@ -57,8 +57,8 @@ def run_delta(case, half, **more) -> torch.Tensor:
     return delta.view
 
 
-def run_act(case, half, act, alpha=1.702, limit=7.0) -> None:
-    """In one op, and with the deltas made before."""
+def run_act(case, half, act, alpha=1.702, limit=7.0, v=None) -> None:
+    """In one op, and with the deltas made before; of v where it is given."""
     parts = expected_act(case, half, act, alpha, limit)
     shape = (case.positions, half.widths[0])
     names = {"act": ref.ACTIVATIONS[act], "alpha": alpha, "limit": limit, "col_stride": half.col_stride}
@@ -69,7 +69,7 @@ def run_act(case, half, act, alpha=1.702, limit=7.0) -> None:
     check_parts(parts, h.view)
     h.assert_written_only("h", written(parts, shape))
 
-    delta = run_delta(case, half, top_k=case.top_k)
+    delta = run_delta(case, half, top_k=case.top_k, v=v)
     apart = blank(case, *shape)
     pairs = 0 if case.row_map is None else case.topk_ids.numel()
     ops.moe_act(
@@ -147,6 +147,19 @@ def test_a_and_b_shared_by_all_experts(device, dtype, path, row_map):
     case = make_moe_case(device, dtype, row_map=row_map, tokens=25)
     run_gate_up(case, make_moe_half(case, down=False, shared_outer=True))
     run_down(case, make_moe_half(case, down=True, shared_outer=True))
+
+
+@ORDER
+@GATED
+@pytest.mark.parametrize("shape", [{}, {"k": 128, "width": 64, "aligned": True}], ids=["odd", "aligned"])
+def test_a_shared_by_all_experts_is_multiplied_once_a_token(device, dtype, path, shape, gated, interleaved, row_map):
+    case = make_moe_case(device, dtype, row_map=row_map, tokens=25, block=16)
+    half = make_moe_half(case, down=False, shared_outer=True, gated=gated, interleaved=interleaved, **shape)
+    plan = ref.new_plan(case.tokens, case.slots, device=device)
+    ops.plan(plan, case.token_slots, case.slots)
+    v = torch.full((case.tokens, half.pools.v_width), torch.nan, device=device)
+    ops.shrink(v, half.x, half.pools.a, half.pools.table[:: case.experts].contiguous(), plan)
+    run_act(case, half, "silu", v=v)
 
 
 @pytest.mark.trap(15)

@@ -35,10 +35,6 @@ std::vector<ShrinkUnit> shrink_units(const LoraParams& params, int64_t* operatio
   return units;
 }
 
-int64_t x_row(const LoraParams& params, int64_t row) {
-  return params.x_div == 0 ? row : pair_of(params, row) / params.x_div;
-}
-
 /// A piece of a slice's outputs.
 struct Columns {
   int32_t slice;
@@ -98,7 +94,7 @@ void shrink(const LoraParams& params, const ParallelFor& parallel_for) {
       const SliceEntry& entry = entry_of(params.slices, unit.block.group, unit.slice);
       for (int32_t r = 0; r < unit.block.count; ++r) {
         const int64_t row = unit.block.rows[r];
-        x[r] = element_at(params.x, x_row(params, row) * params.x_stride, kernel.element_size);
+        x[r] = element_at(params.x, x_row_of(params, row) * params.x_stride, kernel.element_size);
         v[r] = params.v + row * params.v_stride + entry.v_col + unit.j;
       }
       const int64_t a_stride = params.slices.a_stride[unit.slice];

@@ -70,7 +70,8 @@ int64_t grain_for(int64_t items, int64_t total_operations) {
 LoadV load_from(const LoraParams& params) {
   return [&params](int64_t row, int32_t slice, float* v) {
     const SliceEntry& entry = entry_of(params.slices, params.plan.row_group[row], slice);
-    const float* from = params.v + row * params.v_stride + entry.v_col;
+    const int64_t v_row = params.v_of_x ? x_row_of(params, row) : row;
+    const float* from = params.v + v_row * params.v_stride + entry.v_col;
     std::copy(from, from + entry.rank, v);
   };
 }

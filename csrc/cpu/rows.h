@@ -42,6 +42,10 @@ inline int64_t pair_of(const LoraParams& params, int64_t row) {
   return params.row_map != nullptr ? params.row_map[row] : row;
 }
 
+inline int64_t x_row_of(const LoraParams& params, int64_t row) {
+  return params.x_div == 0 ? row : pair_of(params, row) / params.x_div;
+}
+
 inline const void* element_at(const void* base, int64_t index, int32_t element_size) {
   return static_cast<const char*>(base) + index * element_size;
 }
@@ -60,7 +64,7 @@ int64_t grain_for(int64_t items, int64_t total_operations);
 /// Writes the unscaled v of a row and slice, `rank` floats.
 using LoadV = std::function<void(int64_t row, int32_t slice, float* v)>;
 
-/// v as shrink left it.
+/// v as shrink left it, or as it was given.
 LoadV load_from(const LoraParams& params);
 
 /// y += delta for every row of the blocks; expand and embedding are this.

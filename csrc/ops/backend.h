@@ -52,8 +52,8 @@ struct CpuBackend {
     with_v.lora = shrunk(d.lora);
     cpu::down_reduce(with_v, parallel_for);
   }
-  int64_t moe_delta_scratch(const LoraParams& p) const { return linear_scratch(p); }
-  void moe_delta(const LoraParams& p) const { cpu::moe_delta(shrunk(p), parallel_for); }
+  int64_t moe_delta_scratch(const LoraParams& p) const { return p.v_of_x ? 0 : linear_scratch(p); }
+  void moe_delta(const LoraParams& p) const { cpu::moe_delta(p.v_of_x ? p : shrunk(p), parallel_for); }
   void moe_act(const GateUpActParams& g) const { cpu::moe_act(g, parallel_for); }
   void moe_reduce(const DownReduceParams& d) const { cpu::moe_reduce(d, parallel_for); }
 

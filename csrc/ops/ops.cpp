@@ -513,7 +513,7 @@ void moe_down_reduce(Tensor out, Tensor y2, Tensor h, TensorList a, TensorList b
 
 template <class Backend>
 void moe_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
-               int64_t v_width, int64_t top_k, OptionalTensor topk_weights, OptionalTensor row_map) {
+               int64_t v_width, int64_t top_k, OptionalTensor topk_weights, OptionalTensor row_map, OptionalTensor v) {
   const Checker check("moe_delta", delta);
   check.range("top_k", top_k, 0, kMaxInt32);
   check.compute_dtype("x", x);
@@ -544,6 +544,12 @@ void moe_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table,
   p.x_div = static_cast<int32_t>(top_k);
   if (topk_weights) p.row_weight = static_cast<const float*>(topk_weights->data_ptr());
   set_v_width(check, p, v_width);
+  if (v) {
+    check.matrix("v", *v, x.size(0), v_width, dtype::kFloat32);
+    p.v = static_cast<float*>(v->data_ptr());
+    p.v_stride = Checker::pitch(*v);
+    p.v_of_x = true;
+  }
   if (!adds_something(check, delta, p)) return;
   const Backend backend(delta);
   const OptionalTensor memory = scratch(p, delta, backend.moe_delta_scratch(p));

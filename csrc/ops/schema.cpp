@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(polylora, m) {
       "bool y2_weighted=False) -> ()");
   m.def(
       "moe_delta(Tensor(a!) delta, Tensor x, Tensor[] a, Tensor[] b, Tensor table, Tensor plan, SymInt[] widths, "
-      "SymInt v_width, SymInt top_k=0, Tensor? topk_weights=None, Tensor? row_map=None) -> ()");
+      "SymInt v_width, SymInt top_k=0, Tensor? topk_weights=None, Tensor? row_map=None, Tensor? v=None) -> ()");
   m.def(
       "moe_act(Tensor(a!) h, Tensor y1, Tensor delta, Tensor table, Tensor plan, SymInt[] widths, SymInt[] cols, "
       "int act, float alpha=1.702, float limit=7.0, SymInt col_stride=1, SymInt mapped_pairs=0) -> ()");

@@ -39,6 +39,7 @@ struct Shape {
   Activation act = Activation::kSilu;
   bool y_weighted = false;
   bool apart = false;            // the deltas by an op of their own
+  bool v_given = false;          // and v, of each row of x: where all experts share A
   bool shared_a = false;         // one A for gate and up
   bool experts_share_a = false;  // of one adapter
   bool experts_share_b = false;
@@ -132,6 +133,25 @@ class Problem {
 
   Op op() const { return shape_.op; }
   bool apart() const { return shape_.apart; }
+  bool v_given() const { return shape_.v_given; }
+
+  /// v of the rows of x, NaN where no adapter has a rank; sets the pitch.
+  float* given_v(int64_t& stride) {
+    stride = v_width_ + 3;
+    const int64_t x_rows = gated_ ? shape_.tokens : rows_;
+    std::vector<float> v(static_cast<size_t>(elements_of(x_rows, stride, v_width_)), std::nanf(""));
+    for (int64_t row = 0; row < rows_; ++row) {
+      const int64_t group = group_of(row);
+      for (int s = 0; group >= 0 && s < slices_; ++s) {
+        const SliceEntry& entry = present_[at_entry(group, s)];
+        for (int64_t j = 0; j < entry.rank; ++j) {
+          v[static_cast<size_t>(x_row_of(row) * stride + entry.v_col + j)] = static_cast<float>(v_of(row, s, entry, j));
+        }
+      }
+    }
+    if (v_bytes_ == nullptr) v_bytes_ = stage_words(v, std::vector<float>(v.size(), 1e3f));
+    return reinterpret_cast<float*>(v_bytes_->data());
+  }
 
   /// Memory for the deltas of all rows, NaN until they are made.
   void* deltas(int64_t bytes) {
@@ -737,7 +757,7 @@ class Problem {
   std::vector<int32_t> experts_of_pairs_, slot_of_token_, map_;
   std::vector<float> weight_;
   std::unique_ptr<Array> x_, y_, result_;
-  std::unique_ptr<GuardedBytes> plan_, table_bytes_, map_bytes_, weights_, scratch_, deltas_;
+  std::unique_ptr<GuardedBytes> plan_, table_bytes_, map_bytes_, weights_, scratch_, deltas_, v_bytes_;
   std::vector<Staged> staged_;
   std::unordered_map<int64_t, double> exact_v_;
 };
@@ -755,6 +775,10 @@ cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
   p.y = problem.deltas(p.rows > 0 ? 2 * ((p.rows - 1) * stride + width) : 0);
   p.y_stride = stride;
   delta = p.y;
+  if (problem.v_given()) {
+    p.v_of_x = true;
+    p.v = problem.given_v(p.v_stride);
+  }
   int64_t bytes = 0;
   const cudaError_t error = cuda::moe_deltas_scratch(p, bytes);
   p.scratch = problem.scratch(bytes);
@@ -804,6 +828,9 @@ void run(const std::string& what, const Shape& shape, int runs = 2) {
   Shape of_two = shape;
   of_two.apart = true;
   run(what + ", apart", of_two, runs);
+  if (!shape.experts_share_a || shape.op != Op::kGateUpAct) return;
+  of_two.v_given = true;
+  run(what + ", v given", of_two, runs);
 }
 
 const char* name_of(Op op) {
@@ -961,6 +988,19 @@ void gate_and_up(Op op) {
     shape = {op, tokens, 1, 64, {72, 72}, {24, 8}, DType::kBFloat16, 1, 4, "one"};
     shape.interleaved = true;
     run(name + " interleaved, " + std::to_string(tokens) + " rows of one group", shape);
+  }
+  for (const char* map : {"", "sorted", "shuffled"}) {
+    for (const char* ids : {"mixed", "none", "skewed"}) {
+      shape = {op, 20, 4, 64, {72, 72}, {12, 0, 64, 24, 0, 3, 7, 40}, DType::kBFloat16, 3, 4, ids, map};
+      shape.experts_share_a = true;
+      const std::string what = name + " one A for all experts, ids " + ids + ", map " + map;
+      run(what, shape);
+      shape.other_plan = true;
+      run(what + ", a plan of other sizes", shape, 4);
+      shape.other_plan = false;
+      shape.stale_is_noise = shape.broken = shape.interleaved = true;
+      run(what + ", broken entries, noise before, interleaved", shape, 4);
+    }
   }
   run(name + ", one slice", {op, 20, 2, 96, {72}, {16, 8, 0}});
   run(name + ", one slice, sorted", {op, 20, 2, 96, {136}, {64, 8, 0}, DType::kFloat16, 3, 4, "mixed", "sorted"});

@@ -263,6 +263,7 @@ def moe_delta(
     top_k: int = 0,
     topk_weights: Tensor | None = None,
     row_map: Tensor | None = None,
+    v: Tensor | None = None,
 ) -> None:
     """The deltas of one half of an MoE layer, by themselves: they need nothing of the base's GEMM.
 
@@ -276,8 +277,11 @@ def moe_delta(
             (down: the activated intermediate).
         topk_weights: float32 ``[tokens, top_k]``: each delta is multiplied by that of its pair (down).
         row_map: as in :func:`moe_plan`; without ``top_k`` it needs ``topk_weights``.
+        v: float32 ``[rows of x, v_width]``, what :func:`shrink` made of x with a plan of the tokens: where all experts
+            of an adapter share one A (shared-outer LoRA), it is multiplied once a token instead of once a pair. x and a
+            are then not read. The table's ``v_col`` must be those of the table that ``shrink`` was given.
     """
-    _ops.moe_delta(delta, x, a, b, table, plan, widths, v_width, top_k, topk_weights, row_map)
+    _ops.moe_delta(delta, x, a, b, table, plan, widths, v_width, top_k, topk_weights, row_map, v)
 
 
 def moe_act(
@@ -432,8 +436,11 @@ def _(out, y2, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_ma
 
 
 @torch.library.register_fake("polylora::moe_delta")
-def _(delta, x, a, b, table, plan, widths, v_width, top_k=0, topk_weights=None, row_map=None):
+def _(delta, x, a, b, table, plan, widths, v_width, top_k=0, topk_weights=None, row_map=None, v=None):
     op = "moe_delta"
+    if v is not None:
+        _check_matrix(op, "v", v, torch.float32)
+        _check_rows(op, "v", v, x.shape[0])
     _check_matrix(op, "delta", delta, x.dtype)
     _check_matrix(op, "x", x, x.dtype)
     rows = delta.shape[0] if row_map is None else row_map.shape[0]

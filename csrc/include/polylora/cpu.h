@@ -23,7 +23,7 @@ void embedding(const EmbeddingParams& params, const ParallelFor& parallel_for); 
 void gate_up_act(const GateUpActParams& params, const ParallelFor& parallel_for);   // v given
 void down_reduce(const DownReduceParams& params, const ParallelFor& parallel_for);  // v given
 
-void moe_delta(const LoraParams& params, const ParallelFor& parallel_for);  // v given; y is delta
+void moe_delta(const LoraParams& params, const ParallelFor& parallel_for);  // v given, also of x; y is delta
 void moe_act(const GateUpActParams& params, const ParallelFor& parallel_for);
 void moe_reduce(const DownReduceParams& params, const ParallelFor& parallel_for);
 

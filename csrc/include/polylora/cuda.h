@@ -35,7 +35,8 @@ cudaError_t down_reduce(const DownReduceParams& params, cudaStream_t stream);
 
 /// The same taken apart: the deltas, which need nothing of the base layer's GEMM and may be made beside it, and the
 /// seams that add them. moe_delta: y is delta, slice after slice; rows with an adapter are written whole, zeros where a
-/// slice is absent, others hold anything afterwards.
+/// slice is absent, others hold anything afterwards. With v_of_x v is given: where all experts share A, it is shrunk
+/// once a token.
 cudaError_t moe_delta(const LoraParams& params, cudaStream_t stream);
 cudaError_t moe_act(const GateUpActParams& params, cudaStream_t stream);
 cudaError_t moe_reduce(const DownReduceParams& params, cudaStream_t stream);

@@ -41,6 +41,11 @@ __device__ __forceinline__ int64_t x_row_of(const LoraParams& p, int64_t row) {
   return p.x_div == 0 ? row : pair_of(p, row) / p.x_div;
 }
 
+/// Its row of v.
+__device__ __forceinline__ int64_t v_row_of(const LoraParams& p, int64_t row) {
+  return p.v_of_x ? x_row_of(p, row) : row;
+}
+
 /// The entry of (group, slice); rank 0 where it is absent or leads outside what the call was given.
 __device__ __forceinline__ SliceEntry entry_of(const LoraParams& p, int64_t group, int slice) {
   const SliceSet& set = p.slices;

@@ -24,10 +24,12 @@ __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant
   if (entry.rank <= 0 || int64_t{blockIdx.y} * kThreads >= p.slices.width[slice]) return;
 
   __shared__ int32_t row_of[kTileRows];
+  __shared__ const float* v_row[kTileRows];
   __shared__ float scale_of[kTileRows];
   __shared__ float v[kTileRows][kRankChunk];
   if (threadIdx.x < rows) {
     row_of[threadIdx.x] = p.plan.order[tile.pos + threadIdx.x];
+    v_row[threadIdx.x] = p.v + v_row_of(p, row_of[threadIdx.x]) * p.v_stride + entry.v_col;
     scale_of[threadIdx.x] = v_scale(p, entry, row_of[threadIdx.x]);
   }
 
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) expand_general(const __grid_constant
     for (int e = threadIdx.x; e < rows * ranks; e += kThreads) {
       const int i = e / ranks;
       const int j = e % ranks;
-      v[i][j] = p.v[row_of[i] * p.v_stride + entry.v_col + j0 + j] * scale_of[i];
+      v[i][j] = v_row[i][j0 + j] * scale_of[i];
     }
     __syncthreads();
     if (!has_output) continue;

@@ -18,6 +18,8 @@ struct ExpandTask {
   int64_t out_stride;
   int32_t n_begin, n_end;  // of the outputs, those of this launch; n_begin is column 0 of the deltas
   int32_t v_pitch;         // elements, of v in shared memory
+  const float* v;          // instead of the planes: a row for each of x, of the caller's; null: the planes
+  int64_t v_stride;        //
   bool interleaved;        // output n of gate and up in columns 2n and 2n + 1
   ActivationOf act;
   PlanView plan;  // act: to find the rows without an adapter
@@ -42,8 +44,8 @@ __device__ __forceinline__ int passes_of(const int32_t (&rank)[kStreamSlices]) {
   return max((max(rank[0], rank[1]) + kRanks - 1) / kRanks, 1);
 }
 
-/// v of a unit as operands, from the planes; the block calls it.
-template <typename T, int kSlices>
+/// v of a unit as operands, from the planes or, of kMayBeGiven, the caller's; the block calls it.
+template <typename T, int kSlices, bool kMayBeGiven>
 __device__ __forceinline__ void make_v(const ExpandTask& task, const StreamItem& item, T* v) {
   constexpr int kThreadsARow = kStreamThreads / kTileRows;
   const StreamTask& stream = task.stream;
@@ -52,15 +54,23 @@ __device__ __forceinline__ void make_v(const ExpandTask& task, const StreamItem&
 #pragma unroll
   for (int s = 0; s < kSlices; ++s) {
     const int rank = item.rank[s];
-    const float* plane =
-        stream.plane + int64_t{item.row[row]} * stream.plane_width + item.first_rank_tile[s] * kRankTile;
+    const bool given = kMayBeGiven && task.v != nullptr;
+    const float* from =
+        given ? task.v + item.x_row[row] * task.v_stride + item.v_col[s]
+              : stream.plane + int64_t{item.row[row]} * stream.plane_width + item.first_rank_tile[s] * kRankTile;
 #pragma unroll 2
     for (int r = static_cast<int>(threadIdx.x) % kThreadsARow * 4; r < (rank + kRankTile - 1) / kRankTile * kRankTile;
          r += kThreadsARow * 4) {
       float4 sum{0.f, 0.f, 0.f, 0.f};
+      if (given) {  // in any column, and nothing beyond the rank is there
+        if (r < rank) sum.x = from[r];
+        if (r + 1 < rank) sum.y = from[r + 1];
+        if (r + 2 < rank) sum.z = from[r + 2];
+        if (r + 3 < rank) sum.w = from[r + 3];
+      }
 #pragma unroll 4
       for (int p = 0; p < stream.planes; ++p) {
-        add(sum, *reinterpret_cast<const float4*>(plane + p * stream.plane_elements + r));
+        add(sum, *reinterpret_cast<const float4*>(from + p * stream.plane_elements + r));
       }
       // a sum beyond the rank is 0, or NaN where x is not finite
       if (r + 1 > rank) sum.x = 0.f;
@@ -239,6 +249,8 @@ inline ExpandTask expand_task(const LoraParams& p, int planes) {
   const int64_t rank_cap = divide_up(min64(p.v_width, kMaxRank), kRankTile) * kRankTile;
   task.v_pitch = static_cast<int32_t>(rank_cap + 8);  // an odd number of 16-byte pieces: no bank conflicts
   task.plan = p.plan;
+  task.v = p.v_of_x ? p.v : nullptr;
+  task.v_stride = p.v_stride;
   return task;
 }
 

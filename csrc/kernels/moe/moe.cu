@@ -72,7 +72,7 @@ cudaError_t down_reduce(const DownReduceParams& d, cudaStream_t stream) {
 cudaError_t moe_delta_scratch(const LoraParams& p, int64_t& bytes) {
   Path path;
   const cudaError_t error = choose_moe(moe_stream_serves(p), path);
-  bytes = v_bytes(p);
+  bytes = p.v_of_x ? 0 : v_bytes(p);
   return error == cudaSuccess && path == Path::kMma ? moe_deltas_scratch(p, bytes) : error;
 }
 
@@ -88,7 +88,8 @@ cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
   if (width == 0) return cudaSuccess;
   error = cudaMemset2DAsync(p.y, static_cast<size_t>(p.y_stride * element), 0, static_cast<size_t>(width * element),
                             static_cast<size_t>(p.rows), stream);
-  return error == cudaSuccess ? linear_general_path(p, stream) : error;
+  if (error != cudaSuccess) return error;
+  return (p.v_of_x ? expand_general_path : linear_general_path)(p, stream);
 }
 
 cudaError_t moe_act(const GateUpActParams& g, cudaStream_t stream) {

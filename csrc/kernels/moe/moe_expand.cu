@@ -4,8 +4,8 @@
 //
 // A unit is a tile and a part of the outputs, in groups of kGroup, which the block's warps take in turn. A warp brings
 // a group's B (up to kRanks ranks of all slices) and y through a ring of its own. v is made once a unit, from the
-// planes of moe_shrink.cu, rounded once to 16 bits, unscaled. Of what this kernel reads only the planes are the work of
-// the kernel before, so the first copies begin before it has ended.
+// planes of moe_shrink.cu or the caller's v, rounded once to 16 bits, unscaled. Of what this kernel reads only the
+// planes are the work of the kernel before, so the first copies begin before it has ended.
 //
 // Outputs of 32 are numbered so that a lane owns 8 consecutive ones: column 2t + e of mma i is output 8t + 2i + e.
 #include "moe/finish.cuh"
@@ -196,13 +196,15 @@ __global__ void __launch_bounds__(kStreamThreads, blocks_of(kSlices, kRanks))
   const int g = lane / 4;
   const int t = lane % 4;
 
+  // v of the caller's: the kernel before is not this call's moe_shrink, and may still write anything
+  bool waited = kFinish == Finish::kDelta && task.v != nullptr;
+  if (waited) ptx::wait_for_previous_grid();
   ptx::launch_next_grid();
   const PlanWords words(task.stream);
   load_items(task.stream, blockIdx.x, gridDim.x, task.stream.max_tiles, smem.item);  // does not wait for the header
   const int tiles = words.tiles(task.stream);
   const WarpGroups<kGroup> groups(task);
   ExpandLoads<T, kSlices, kRanks, kFinish> loads(task, smem);
-  bool waited = false;
 #pragma unroll 1
   for (int first = blockIdx.x; first < tiles; first += kBatch * gridDim.x) {
     if (first != static_cast<int>(blockIdx.x)) load_items(task.stream, first, gridDim.x, tiles, smem.item);
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kStreamThreads, blocks_of(kSlices, kRanks))
     for (int i = 0; i < count; ++i) {
       const StreamItem& item = smem.item[i];
       if (i > 0) __syncthreads();  // all are done with v of the unit before
-      make_v<T, kSlices>(task, item, smem_v);
+      make_v<T, kSlices, kFinish == Finish::kDelta>(task, item, smem_v);
       const int rows = item.rows;
       const int32_t rank[kStreamSlices] = {item.rank[0], item.rank[1]};
       const float scale[kStreamSlices] = {item.scale[0], item.scale[1]};

@@ -121,6 +121,8 @@ cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream) 
 
 cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
   int planes = 0;
+  bytes = 0;
+  if (p.v_of_x) return cudaSuccess;
   const cudaError_t error = moe_planes(p, blocks_beside(p), planes);
   bytes = moe_plane_bytes(p, planes);
   return error;
@@ -128,6 +130,7 @@ cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
 
 cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream) {
   const int most_blocks = blocks_beside(p);
+  if (p.v_of_x) return moe_expand_deltas_path(p, 0, most_blocks, stream);
   int planes = 0;
   const cudaError_t error = shrink(p, planes, stream, most_blocks);
   return error == cudaSuccess ? moe_expand_deltas_path(p, planes, most_blocks, stream) : error;

@@ -53,7 +53,7 @@ struct StreamItem {
   int32_t b_stride[kStreamSlices];
   float scale[kStreamSlices];
   int32_t rank_tiles, rows;
-  int32_t pad[2];
+  int32_t v_col[kStreamSlices];
   int32_t row[kTileRows];    // beyond the tile's end the last
   int32_t x_row[kTileRows];  // of x
   float weight[kTileRows];
@@ -115,6 +115,7 @@ __device__ __forceinline__ void set_ranks(const StreamTask& task, const SliceEnt
     item.rank[s] = room ? (s == 0 ? rank0 : rank1) : 0;
     item.scale[s] = item.rank[s] > 0 ? entry.scale : 0.f;  // an absent one's may be anything
     item.b_stride[s] = entry.b_stride;
+    item.v_col[s] = entry.v_col;
     item.a[s] = static_cast<const uint16_t*>(slice.a) + int64_t{entry.a_row} * slice.a_stride;
     item.b[s] = static_cast<const uint16_t*>(slice.b) + entry.b_offset;
   }
