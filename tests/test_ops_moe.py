@@ -348,7 +348,7 @@ def test_reduce_adds_in_ascending_order_of_a_tokens_experts(device, dtype, path,
 # -------------------------------------------------------------------------------------------- deltas made before
 
 
-@pytest.mark.parametrize("tokens", [30, 700], ids=["short", "long"])
+@pytest.mark.parametrize("tokens", [30, 1200], ids=["short", "long"])
 @pytest.mark.parametrize("gated, interleaved", [(False, False), (True, False), (True, True)],
                          ids=["non_gated", "gated", "interleaved"])  # fmt: skip
 @ORDER
@@ -363,6 +363,7 @@ def test_seams_add_the_deltas_they_are_given(device, dtype, path, tokens, gated,
     positions = torch.randperm(pairs + 8, generator=gen).int() if row_map else torch.arange(pairs).int()
     positions[positions >= pairs] = -1
     rows = len(positions)
+    assert (2 * rows * width > 8 << 20) == (tokens > 30)  # bytes of one slice's deltas: the kernels' limit
     exists = (positions >= 0) & (ids.flatten()[positions.clamp(min=0).long()] >= 0)
     active = exists & (slots[positions.clamp(min=0).long() // top_k] >= 0)
     plan = ref.new_plan(rows, 2 * experts, pairs if row_map else 0, device)
@@ -401,6 +402,31 @@ def test_seams_add_the_deltas_they_are_given(device, dtype, path, tokens, gated,
         sizes[pair // top_k] += value.abs()
     off = (out.double().cpu() - right).abs()
     assert (off <= 1.01 * ref.UNIT[dtype] * right.abs() + 2e-6 * (1 + sizes)).all(), f"out: off by {off.max()}"
+
+
+@pytest.mark.parametrize("tokens", [1, 10], ids=["no_tiles", "tiles"])
+def test_layers_without_any_slot_are_the_base_model(device, dtype, path, tokens):
+    """An empty table, which nothing may read, and no kernel of shrink before the seams."""
+    top_k, inner, hidden, pairs = 4, 64, 72, 4 * tokens
+    gen = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=gen).to(dtype).to(device)
+
+    plan = ref.new_plan(pairs, 0, device=device)
+    ids = torch.arange(top_k, dtype=torch.int32, device=device).repeat(tokens, 1)
+    ops.moe_plan(plan, ids, torch.zeros(tokens, dtype=torch.int32, device=device), 0, top_k, None, None)
+    a, b = [random(8, hidden)], [random(64)]
+    y1, y2, h, out = random(pairs, inner), random(pairs, hidden), random(pairs, inner), random(tokens, hidden)
+    weights = torch.rand((tokens, top_k), generator=gen).to(device)
+    table = torch.zeros((0, 1, 8), dtype=torch.int32, device=device)
+    ops.moe_gate_up_act(h, y1, random(tokens, hidden), a, b, table, plan, [inner], [0], 8, top_k, 3)
+    right = y1.double().clamp(min=0) ** 2
+    assert ((h.double() - right).abs() <= 1.01 * ref.UNIT[dtype] * right + ref.tiny(dtype)).all()
+    of_down = [random(8, inner)]
+    ops.moe_down_reduce(out, y2, h, of_down, b, table, plan, weights, [hidden], [0], 8)
+    right = (y2.view(tokens, top_k, hidden).double() * weights[:, :, None].double()).sum(1)
+    assert ((out.double() - right).abs() <= 1.01 * ref.UNIT[dtype] * right.abs() + 1e-5).all()
 
 
 # -------------------------------------------------------------------------------------------- streams of weights

@@ -303,7 +303,7 @@ def moe_act(
     Args:
         h, y1, act, alpha, limit: as in :func:`moe_gate_up_act`. ``widths``, ``cols``, ``col_stride``: of y1.
         delta: ``[rows, I]`` or ``[rows, 2 I]``, gate then up, rounded once to its dtype.
-        table: tells the groups of the plan alone.
+        table: of it, the numbers of groups and slices alone.
         mapped_pairs: (token, expert) pairs of the plan, where it was made with a row map; else 0.
     """
     _ops.moe_act(h, y1, delta, table, plan, widths, cols, act, alpha, limit, col_stride, mapped_pairs)
@@ -326,7 +326,7 @@ def moe_reduce(
     Args:
         out, y2, topk_weights, y2_weighted: as in :func:`moe_down_reduce`, whose order of sums it keeps.
         delta: ``[rows, H]``, weights multiplied in.
-        table: tells the groups of the plan alone.
+        table: of it, the numbers of groups and slices alone.
     """
     _ops.moe_reduce(out, y2, delta, table, plan, topk_weights, widths, cols, row_map, y2_weighted)
 

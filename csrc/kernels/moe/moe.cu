@@ -15,6 +15,12 @@ cudaError_t choose_moe(bool serves, Path& path) {
   return choose({{false, false, serves, true}}, {{false, false, true, true}}, path, Path::kMma);
 }
 
+// A call without groups launches neither shrink nor expand, whose order the seams rely on, and has no table to read.
+cudaError_t choose_seam(const LoraParams& p, bool serves, Path& path) {
+  path = Path::kGeneral;
+  return adds_nothing(p) ? cudaSuccess : choose_moe(serves, path);
+}
+
 }  // namespace
 
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes) {
@@ -33,7 +39,7 @@ cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream) {
 
 cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
   Path path;
-  const cudaError_t error = choose_moe(moe_act_serves(g), path);
+  const cudaError_t error = choose_seam(g.lora, moe_act_serves(g), path);
   bytes = v_bytes(g.lora);
   return error == cudaSuccess && path == Path::kMma ? moe_gate_up_act_scratch(g, bytes) : error;
 }
@@ -41,7 +47,7 @@ cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
 cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
   if (g.lora.rows == 0 || g.lora.slices.width[0] == 0) return cudaSuccess;
   Path path;
-  cudaError_t error = choose_moe(moe_act_serves(g), path);
+  cudaError_t error = choose_seam(g.lora, moe_act_serves(g), path);
   if (error != cudaSuccess) return error;
   if (path == Path::kMma) return moe_gate_up_act_path(g, stream);
   GateUpActParams general = g;
@@ -52,7 +58,7 @@ cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
 
 cudaError_t down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
   Path path;
-  const cudaError_t error = choose_moe(moe_reduce_serves(d), path);
+  const cudaError_t error = choose_seam(d.lora, moe_reduce_serves(d), path);
   bytes = v_bytes(d.lora);
   return error == cudaSuccess && path == Path::kMma ? moe_down_reduce_scratch(d, bytes) : error;
 }
@@ -60,7 +66,7 @@ cudaError_t down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
 cudaError_t down_reduce(const DownReduceParams& d, cudaStream_t stream) {
   if (d.tokens == 0 || d.lora.slices.width[0] == 0) return cudaSuccess;
   Path path;
-  cudaError_t error = choose_moe(moe_reduce_serves(d), path);
+  cudaError_t error = choose_seam(d.lora, moe_reduce_serves(d), path);
   if (error != cudaSuccess) return error;
   if (path == Path::kMma) return moe_down_reduce_path(d, stream);
   DownReduceParams general = d;
@@ -86,7 +92,9 @@ cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
   int64_t width = 0;
   for (int s = 0; s < p.slices.count; ++s) width += p.slices.width[s];
   if (width == 0) return cudaSuccess;
-  error = cudaMemset2DAsync(p.y, static_cast<size_t>(p.y_stride * element), 0, static_cast<size_t>(width * element),
+  // of one row, the stride may be anything
+  const int64_t pitch = p.rows == 1 ? width : p.y_stride;
+  error = cudaMemset2DAsync(p.y, static_cast<size_t>(pitch * element), 0, static_cast<size_t>(width * element),
                             static_cast<size_t>(p.rows), stream);
   if (error != cudaSuccess) return error;
   return (p.v_of_x ? expand_general_path : linear_general_path)(p, stream);

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kWarps * 32) moe_act(const __grid_constant__ A
   const bool fits = load_head(task.header, task.rows, task.groups, task.pairs).fits;
   const T* from = static_cast<const T*>(task.y) + row * task.y_stride;
   const T* deltas = static_cast<const T*>(task.delta) + row * task.delta_stride + n;
-  uint2 y[kSlices], delta[kSlices];
+  // Set: else ptxas (13.0) takes the deltas' second load, which long calls reach, for the first one and drops it.
+  uint2 y[kSlices], delta[kSlices] = {};
   uint4 both{};
   const bool interleaved = kSlices == 2 && task.interleaved;
   if (interleaved) {
@@ -52,8 +53,7 @@ __global__ void __launch_bounds__(kWarps * 32) moe_act(const __grid_constant__ A
     y[0] = ptx::load8(from + n);
     if (kSlices == 2) y[kSlices - 1] = ptx::load8(from + task.up_col + n);
   }
-  // Loads that the compiler may not move: it would let y1 wait for the group. Plain ones, the deltas' in two places of
-  // which one is reached, it even dropped in one of them (13.0).
+  // loads that the compiler may not move: it would let y1 wait for the group
   const auto load_deltas = [&] {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) delta[s] = ptx::load8(deltas + s * task.width);

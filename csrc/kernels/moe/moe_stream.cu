@@ -78,7 +78,9 @@ bool moe_reduce_serves(const DownReduceParams& d) {
 }
 
 bool moe_add_act_serves(const GateUpActParams& g) {
-  return moe_act_serves(g) && g.delta_stride % 8 == 0 && is_aligned(g.delta, 16);
+  constexpr int32_t kMostWidth = 65535 * 128;  // outputs, 128 a block in the grid's y
+  return moe_act_serves(g) && g.lora.slices.width[0] <= kMostWidth && g.delta_stride % 8 == 0 &&
+         is_aligned(g.delta, 16);
 }
 
 bool moe_add_reduce_serves(const DownReduceParams& d) {
