@@ -279,7 +279,8 @@ def moe_delta(
         row_map: as in :func:`moe_plan`; without ``top_k`` it needs ``topk_weights``.
         v: float32 ``[rows of x, v_width]``, what :func:`shrink` made of x with a plan of the tokens: where all experts
             of an adapter share one A (shared-outer LoRA), it is multiplied once a token instead of once a pair. x and a
-            are then not read. The table's ``v_col`` must be those of the table that ``shrink`` was given.
+            are then not read, yet a must be what the table was made for: entries are held against it. The table's
+            ``v_col`` must be those of the table that ``shrink`` was given.
     """
     _ops.moe_delta(delta, x, a, b, table, plan, widths, v_width, top_k, topk_weights, row_map, v)
 
