@@ -254,7 +254,7 @@ inline ExpandTask expand_task(const LoraParams& p, int planes) {
   return task;
 }
 
-/// The task of each finish.
+/// The task of each finish. Into p.y, which is added to, or which holds the deltas alone:
 inline ExpandTask add_task(const LoraParams& p, int planes) {
   ExpandTask task = expand_task(p, planes);
   task.out = p.y;

@@ -335,10 +335,7 @@ cudaError_t moe_expand_act_path(const GateUpActParams& g, int planes, cudaStream
 }
 
 cudaError_t moe_expand_deltas_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream) {
-  ExpandTask task = expand_task(p, planes);
-  task.out = p.y;
-  task.out_stride = p.y_stride;
-  task.interleaved = false;
+  ExpandTask task = add_task(p, planes);
   return p.plan.max_tiles == 0 ? cudaSuccess : launch_expand<Finish::kDelta>(p, task, most_blocks, stream);
 }
 

@@ -41,6 +41,10 @@ bool moe_reduce_serves(const DownReduceParams& d);
 cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes);
 cudaError_t moe_down_reduce_path(const DownReduceParams& d, cudaStream_t stream);
 
+/// The same with d.delta, of another call.
+bool moe_add_reduce_serves(const DownReduceParams& d);
+cudaError_t moe_add_reduce_path(const DownReduceParams& d, cudaStream_t stream);
+
 /// The path that serves the call: what linear is for is_moe.
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes);
 cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream);
@@ -67,10 +71,6 @@ cudaError_t moe_expand_delta_path(const LoraParams& p, int planes, void* delta, 
 /// The sum of y2 and these deltas over a token's experts.
 cudaError_t moe_sum_path(const DownReduceParams& d, const void* delta, int32_t n_begin, int32_t n_end,
                          cudaStream_t stream);
-
-/// The same with d.delta, of another call.
-bool moe_add_reduce_serves(const DownReduceParams& d);
-cudaError_t moe_add_reduce_path(const DownReduceParams& d, cudaStream_t stream);
 
 /// Few tokens: both in one kernel, a block a token and part of the outputs, each pair's B read for that token alone.
 inline constexpr int kFewTokenPairs = 32;
