@@ -1,4 +1,4 @@
-// Where an op runs: the CPU functions or the CUDA launchers, behind the same names.
+// Where an op runs: the CPU functions, the CUDA launchers or nowhere, behind the same names.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,6 +23,29 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #endif
 
 namespace polylora::ops {
+
+/// Tensors without data (meta): an op is its checks. The fakes of python/polylora/ops.py are this.
+struct MetaBackend {
+  explicit MetaBackend(const Tensor&) {}
+
+  void plan(const PlanParams&) const {}
+  void moe_plan(const MoePlanParams&) const {}
+  void shrink(const LoraParams&) const {}
+  void expand(const LoraParams&) const {}
+  int64_t shrink_scratch(const LoraParams&) const { return 0; }
+  int64_t linear_scratch(const LoraParams&) const { return 0; }
+  void linear(const LoraParams&) const {}
+  int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
+  void embedding(const EmbeddingParams&) const {}
+  int64_t gate_up_act_scratch(const GateUpActParams&) const { return 0; }
+  void gate_up_act(const GateUpActParams&) const {}
+  int64_t down_reduce_scratch(const DownReduceParams&) const { return 0; }
+  void down_reduce(const DownReduceParams&) const {}
+  int64_t moe_delta_scratch(const LoraParams&) const { return 0; }
+  void moe_delta(const LoraParams&) const {}
+  void moe_act(const GateUpActParams&) const {}
+  void moe_reduce(const DownReduceParams&) const {}
+};
 
 struct CpuBackend {
   explicit CpuBackend(const Tensor&) {}

@@ -27,6 +27,7 @@ inline const int32_t kUInt8 = aoti_torch_dtype_uint8();
 namespace device_type {
 inline const int32_t kCpu = aoti_torch_device_type_cpu();
 inline const int32_t kCuda = aoti_torch_device_type_cuda();
+inline const int32_t kMeta = aoti_torch_device_type_meta();
 }  // namespace device_type
 
 /// A tensor of the call. Owns its handle, not the data.
@@ -49,6 +50,7 @@ class Tensor {
   int32_t device_index() const { return device_index_; }
   bool is_cpu() const { return device_type_ == device_type::kCpu; }
   bool is_cuda() const { return device_type_ == device_type::kCuda; }
+  bool is_meta() const { return device_type_ == device_type::kMeta; }
 
   bool is_contiguous() const {
     bool contiguous = false;

@@ -22,7 +22,15 @@ const char* dtype_name(int32_t code) {
   return "another dtype";
 }
 
-std::string device_name(bool is_cuda, int32_t index) { return is_cuda ? "cuda:" + std::to_string(index) : "cpu"; }
+std::string device_name(int32_t type, int32_t index) {
+  if (type == device_type::kCuda) return "cuda:" + std::to_string(index);
+  return type == device_type::kCpu ? "cpu" : type == device_type::kMeta ? "meta" : "another device";
+}
+
+// As a message says where a tensor is. The fakes' tensors stand for others, whose device they do not know.
+std::string on_device(int32_t type, int32_t index) {
+  return type == device_type::kMeta ? "" : " on " + device_name(type, index);
+}
 
 // Sizes as a message shows them; kAny as the letter of its place.
 std::string shape_text(Sizes sizes) {
@@ -52,8 +60,7 @@ std::string describe(const Tensor& t) {
   std::ostringstream out;
   out << "[";
   for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "] " << dtype_name(t.dtype()) << " on "
-      << (t.is_cuda() || t.is_cpu() ? device_name(t.is_cuda(), t.device_index()) : "another device");
+  out << "] " << dtype_name(t.dtype()) << on_device(t.device_type(), t.device_index());
   if (!t.is_contiguous()) {
     out << ", strides [";
     for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.stride(i);
@@ -63,21 +70,23 @@ std::string describe(const Tensor& t) {
 }
 
 Checker::Checker(const char* op, const Tensor& like)
-    : op_(op), is_cuda_(like.is_cuda()), device_index_(like.is_cuda() ? like.device_index() : -1) {}
+    : op_(op), device_type_(like.device_type()), device_index_(like.device_index()) {}
 
 void Checker::fail(const std::string& arg, const std::string& expected, const std::string& got) const {
   throw std::runtime_error(std::string("polylora::") + op_ + ": " + arg + " must be " + expected + ", got " + got);
 }
 
 void Checker::device(const char* arg, const Tensor& t) const {
-  const bool same = t.is_cuda() == is_cuda_ && (is_cuda_ ? t.device_index() == device_index_ : t.is_cpu());
-  if (!same) fail(arg, "on " + device_name(is_cuda_, device_index_), describe(t));
+  const bool same = t.device_type() == device_type_ && (!t.is_cuda() || t.device_index() == device_index_);
+  if (!same) {
+    fail(arg, "on " + device_name(device_type_, device_index_), describe(t) + (t.is_meta() ? " on meta" : ""));
+  }
 }
 
 void Checker::matrix(const char* arg, const Tensor& t, int64_t rows, int64_t cols, int32_t dtype) const {
   const Sizes sizes{rows, cols};
   if (!sizes_match(t, sizes) || t.dtype() != dtype) {
-    fail(arg, shape_text(sizes) + " " + dtype_name(dtype) + " on " + device_name(is_cuda_, device_index_), describe(t));
+    fail(arg, shape_text(sizes) + " " + dtype_name(dtype) + on_device(device_type_, device_index_), describe(t));
   }
   device(arg, t);
   const bool unit = t.size(1) <= 1 || t.stride(1) == 1;
@@ -87,8 +96,7 @@ void Checker::matrix(const char* arg, const Tensor& t, int64_t rows, int64_t col
 
 void Checker::contiguous(const char* arg, const Tensor& t, Sizes sizes, int32_t dtype) const {
   if (!sizes_match(t, sizes) || t.dtype() != dtype || !t.is_contiguous()) {
-    fail(arg,
-         shape_text(sizes) + " " + dtype_name(dtype) + " on " + device_name(is_cuda_, device_index_) + ", contiguous",
+    fail(arg, shape_text(sizes) + " " + dtype_name(dtype) + on_device(device_type_, device_index_) + ", contiguous",
          describe(t));
   }
   device(arg, t);
@@ -110,6 +118,7 @@ DType Checker::compute_dtype(const char* arg, const Tensor& t) const {
 }
 
 void Checker::aligned(const char* arg, const Tensor& t, int64_t bytes) const {
+  if (t.is_meta()) return;
   const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
   if (address % bytes != 0) {
     fail(arg, "aligned to " + std::to_string(bytes) + " bytes",

@@ -14,7 +14,8 @@ inline constexpr int64_t kAny = -1;
 
 using Sizes = std::initializer_list<int64_t>;
 
-/// Checks of one call. `like` is the tensor whose device all others must share.
+/// Checks of one call. `like` is the tensor whose device all others must share; on meta they have shapes, strides and
+/// dtypes, but no place and no data.
 class Checker {
  public:
   Checker(const char* op, const Tensor& like);
@@ -46,11 +47,11 @@ class Checker {
   void device(const char* arg, const Tensor& t) const;
 
   const char* op_;
-  bool is_cuda_;
+  int32_t device_type_;
   int32_t device_index_;
 };
 
-/// "[8, 2048] float16 on cuda:0".
+/// "[8, 2048] float16 on cuda:0"; on meta without a device.
 std::string describe(const Tensor& t);
 
 }  // namespace polylora::ops

@@ -1,4 +1,4 @@
-// The ops: check the arguments, fill the params, run the backend. One template serves the CPU and CUDA.
+// The ops: check the arguments, fill the params, run the backend. One template serves the CPU, CUDA and the fakes.
 #include <algorithm>
 #include <iterator>
 #include <limits>
@@ -611,6 +611,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 }  // namespace polylora::ops
 
 STABLE_TORCH_LIBRARY_IMPL(polylora, CPU, m) { polylora::ops::register_ops<polylora::ops::CpuBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(polylora_meta, Meta, m) { polylora::ops::register_ops<polylora::ops::MetaBackend>(m); }
 
 #ifdef POLYLORA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(polylora, CUDA, m) { polylora::ops::register_ops<polylora::ops::CudaBackend>(m); }

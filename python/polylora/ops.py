@@ -24,6 +24,7 @@ Source: csrc/ops/ops.cpp (checks), csrc/kernels and csrc/cpu (implementations), 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -333,149 +334,40 @@ def moe_reduce(
 
 
 # ------------------------------------------------------------------------------------------------------------ fakes
-# The real ops check everything; the fakes check what a shape can tell, so that a wrong call fails while tracing.
+# The ops' own checks (csrc/ops), on tensors without data: a wrong call fails while tracing, with the same sentence.
 
 
-def _expect(condition, op: str, argument: str, expected: str, got) -> None:
-    torch._check(condition, lambda: f"polylora::{op}: {argument} must be {expected}, got {got}")
+def _shape_of(value):
+    """A tensor's shape, strides and dtype, or a number, as the traced call has them; no guard comes of it."""
+    if isinstance(value, Tensor):
+        sizes, strides = ([_shape_of(n) for n in numbers] for numbers in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+    if isinstance(value, list | tuple):
+        return [_shape_of(item) for item in value]
+    if isinstance(value, torch.SymInt):
+        if value.node.hint is None:
+            raise _Unknown
+        return int(value.node.hint)
+    return value
 
 
-def _check_matrix(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
-    _expect(t.dim() == 2, op, name, "2-D", list(t.shape))
-    _expect(t.dtype == dtype, op, name, str(dtype), t.dtype)
-    compute = (torch.bfloat16, torch.float16, torch.float32)
-    _expect(t.dtype in compute, op, name, "bfloat16, float16 or float32", t.dtype)
+class _Unknown(Exception):
+    """Data will tell a size; the op checks it then."""
 
 
-def _check_rows(op: str, name: str, t: Tensor, rows) -> None:
-    _expect(t.shape[0] == rows, op, name, f"of {rows} rows", list(t.shape))
+def _register_fake(name: str) -> None:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    check = getattr(torch.ops.polylora_meta, name)
+
+    @torch.library.register_fake(f"polylora::{name}")
+    def fake(*args, **kwargs) -> None:
+        with unset_fake_temporarily(), contextlib.suppress(_Unknown):
+            check(*_shape_of(args), **{key: _shape_of(value) for key, value in kwargs.items()})
 
 
-def _check_table(op: str, table: Tensor, plan: Tensor, *lists) -> None:
-    _expect(table.dim() == 3 and table.shape[2] == 8, op, "table", "[groups, slices, 8]", list(table.shape))
-    _expect(plan.dim() == 1, op, "plan", "1-D", list(plan.shape))
-    slices = table.shape[1]
-    for name, values, may_be_one in lists:
-        fits = len(values) == slices or (may_be_one and len(values) == 1)
-        _expect(fits, op, name, f"of {slices} items (the slices of the table)", f"{len(values)} items")
-
-
-@torch.library.register_fake("polylora::plan")
-def _(plan, group_ids, num_groups):
-    _expect(group_ids.dim() == 1, "plan", "group_ids", "1-D", list(group_ids.shape))
-    _expect(plan.dim() == 1, "plan", "plan", "1-D", list(plan.shape))
-
-
-@torch.library.register_fake("polylora::moe_plan")
-def _(plan, topk_ids, token_slots, num_slots, num_experts, expert_map=None, row_map=None):
-    _expect(topk_ids.dim() == 2, "moe_plan", "topk_ids", "[tokens, top_k]", list(topk_ids.shape))
-    _check_rows("moe_plan", "token_slots", token_slots, topk_ids.shape[0])
-    _expect(plan.dim() == 1, "moe_plan", "plan", "1-D", list(plan.shape))
-
-
-@torch.library.register_fake("polylora::shrink")
-def _(v, x, a, table, plan):
-    _check_matrix("shrink", "x", x, x.dtype)
-    _check_matrix("shrink", "v", v, torch.float32)
-    _check_rows("shrink", "v", v, x.shape[0])
-    _check_table("shrink", table, plan, ("a", a, True))
-
-
-@torch.library.register_fake("polylora::expand_")
-def _(y, v, b, table, plan, widths, cols):
-    _check_matrix("expand_", "y", y, y.dtype)
-    _check_matrix("expand_", "v", v, torch.float32)
-    _check_rows("expand_", "v", v, y.shape[0])
-    _check_table("expand_", table, plan, ("b", b, True), ("widths", widths, False), ("cols", cols, False))
-
-
-@torch.library.register_fake("polylora::linear_")
-def _(y, x, a, b, table, plan, widths, cols, v_width):
-    _check_matrix("linear_", "y", y, y.dtype)
-    _check_matrix("linear_", "x", x, y.dtype)
-    _check_rows("linear_", "x", x, y.shape[0])
-    lists = (("a", a, True), ("b", b, True), ("widths", widths, False), ("cols", cols, False))
-    _check_table("linear_", table, plan, *lists)
-
-
-@torch.library.register_fake("polylora::embedding_")
-def _(y, token_ids, a, b, table, plan, widths, cols, vocab, token_major=False):
-    _check_matrix("embedding_", "y", y, y.dtype)
-    _check_rows("embedding_", "token_ids", token_ids, y.shape[0])
-    lists = (("a", a, True), ("b", b, True), ("widths", widths, False), ("cols", cols, False))
-    _check_table("embedding_", table, plan, *lists)
-
-
-@torch.library.register_fake("polylora::moe_gate_up_")
-def _(y, x, a, b, table, plan, widths, cols, v_width, top_k, col_stride=1, row_map=None):
-    _check_moe("moe_gate_up_", "y", y, "x", x, a, b, table, plan, widths, cols, row_map, x.shape[0] * top_k)
-
-
-@torch.library.register_fake("polylora::moe_down_")
-def _(y, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map=None):
-    _check_moe("moe_down_", "y", y, "h", h, a, b, table, plan, widths, cols, row_map, topk_weights.numel())
-    _check_rows("moe_down_", "h", h, y.shape[0])
-
-
-@torch.library.register_fake("polylora::moe_gate_up_act")
-def _(
-    h, y1, x, a, b, table, plan, widths, cols, v_width, top_k, act, alpha=1.702, limit=7.0, col_stride=1, row_map=None
-):
-    op = "moe_gate_up_act"
-    _check_moe(op, "y1", y1, "x", x, a, b, table, plan, widths, cols, row_map, x.shape[0] * top_k)
-    _check_matrix(op, "h", h, y1.dtype)
-    _check_rows(op, "h", h, y1.shape[0])
-
-
-@torch.library.register_fake("polylora::moe_down_reduce")
-def _(out, y2, h, a, b, table, plan, topk_weights, widths, cols, v_width, row_map=None, y2_weighted=False):
-    op = "moe_down_reduce"
-    _check_moe(op, "y2", y2, "h", h, a, b, table, plan, widths, cols, row_map, topk_weights.numel())
-    _check_rows(op, "h", h, y2.shape[0])
-    _check_matrix(op, "out", out, y2.dtype)
-    _check_rows(op, "out", out, topk_weights.shape[0])
-
-
-@torch.library.register_fake("polylora::moe_delta")
-def _(delta, x, a, b, table, plan, widths, v_width, top_k=0, topk_weights=None, row_map=None, v=None):
-    op = "moe_delta"
-    if v is not None:
-        _check_matrix(op, "v", v, torch.float32)
-        _check_rows(op, "v", v, x.shape[0])
-    _check_matrix(op, "delta", delta, x.dtype)
-    _check_matrix(op, "x", x, x.dtype)
-    rows = delta.shape[0] if row_map is None else row_map.shape[0]
-    if top_k > 0 and row_map is None:
-        rows = x.shape[0] * top_k
-    elif top_k == 0:
-        _check_rows(op, "x", x, delta.shape[0])
-    _check_rows(op, "delta", delta, rows)
-    _expect(delta.shape[1] == sum(widths), op, "delta", f"of {sum(widths)} columns", list(delta.shape))
-    _check_table(op, table, plan, ("a", a, True), ("b", b, True), ("widths", widths, False))
-
-
-@torch.library.register_fake("polylora::moe_act")
-def _(h, y1, delta, table, plan, widths, cols, act, alpha=1.702, limit=7.0, col_stride=1, mapped_pairs=0):
-    for name, t in (("y1", y1), ("h", h), ("delta", delta)):
-        _check_matrix("moe_act", name, t, y1.dtype)
-        _check_rows("moe_act", name, t, y1.shape[0])
-    _check_table("moe_act", table, plan, ("widths", widths, False), ("cols", cols, False))
-
-
-@torch.library.register_fake("polylora::moe_reduce")
-def _(out, y2, delta, table, plan, topk_weights, widths, cols, row_map=None, y2_weighted=False):
-    op = "moe_reduce"
-    for name, t in (("y2", y2), ("delta", delta)):
-        _check_matrix(op, name, t, y2.dtype)
-        _check_rows(op, name, t, topk_weights.numel() if row_map is None else row_map.shape[0])
-    _check_matrix(op, "out", out, y2.dtype)
-    _check_rows(op, "out", out, topk_weights.shape[0])
-    _check_table(op, table, plan, ("widths", widths, False), ("cols", cols, False))
-
-
-def _check_moe(op, y_name, y, x_name, x, a, b, table, plan, widths, cols, row_map, pairs) -> None:
-    _check_matrix(op, y_name, y, y.dtype)
-    _check_matrix(op, x_name, x, y.dtype)
-    _check_rows(op, y_name, y, pairs if row_map is None else row_map.shape[0])
-    lists = (("a", a, True), ("b", b, True), ("widths", widths, False), ("cols", cols, False))
-    _check_table(op, table, plan, *lists)
+for _name in (
+    "plan", "moe_plan", "shrink", "expand_", "linear_", "embedding_", "moe_gate_up_", "moe_down_", "moe_gate_up_act",
+    "moe_down_reduce", "moe_delta", "moe_act", "moe_reduce",
+):  # fmt: skip
+    _register_fake(_name)
