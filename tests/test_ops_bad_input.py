@@ -277,6 +277,8 @@ def refusal(op: str, call: dict) -> str:
 def assert_names(op: str, message: str, blamed: tuple[str, ...]) -> None:
     found = re.search(rf"polylora::{re.escape(op)}: (\w+).*(must|expected).*got .+", message.split("\n")[0])
     assert found, f"not a sentence of op, argument, what was expected and what came: {message}"
+    taken = [argument.name for argument in getattr(ops, op).default._schema.arguments]
+    assert found[1] in taken, f"{op} takes no {found[1]}: {message}"
     assert found[1] in blamed, f"blames {found[1]}, not {' or '.join(blamed)}: {message}"
 
 

@@ -16,7 +16,8 @@ constexpr int64_t kMaxWidth = 1 << 23;
 
 const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
 
-// Table, weights and outputs of the slices. `b` and the outputs are absent in shrink, which passes null.
+// Table, weights and outputs of the slices. What an op does not take is null; widths without cols stand slice after
+// slice.
 struct SliceArgs {
   const TensorList* a;
   const TensorList* b;
@@ -76,14 +77,14 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, int32
       check.fail("widths", std::to_string(count) + " integers (the slices of the table)",
                  std::to_string(args.widths->size()));
     }
-    if (static_cast<int64_t>(args.cols->size()) != count) {
+    if (args.cols && static_cast<int64_t>(args.cols->size()) != count) {
       check.fail("cols", std::to_string(count) + " integers (the slices of the table)",
                  std::to_string(args.cols->size()));
     }
     for (int64_t s = 0; s < count; ++s) {
       check.range("widths", (*args.widths)[s], 0, kMaxWidth);
+      set.col[s] = args.cols ? (*args.cols)[s] : sum_of_widths(set);
       set.width[s] = static_cast<int32_t>((*args.widths)[s]);
-      set.col[s] = (*args.cols)[s];
     }
   }
   return set;
@@ -399,7 +400,11 @@ LoraParams moe_params(const Checker& check, const MoeArgs& args, const char* x_n
   p.row_map = checked_row_map(check, args.row_map, p.rows);
   check.range("col_stride", args.slices.col_stride, 1, kMaxInt32);
   p.slices = slice_set(check, args.slices, x != nullptr ? p.k : kAny, args.y.dtype());
-  check_columns(check, args.y_name, args.y, p.slices);
+  if (args.slices.cols) {
+    check_columns(check, args.y_name, args.y, p.slices);
+  } else {
+    check.matrix(args.y_name, args.y, p.rows, sum_of_widths(p.slices), args.y.dtype());
+  }
   const int64_t mapped_pairs = args.row_map ? args.pairs : args.mapped_pairs;
   p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, mapped_pairs);
   return p;
@@ -530,17 +535,9 @@ void moe_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table,
   } else if (row_map && top_k == 0) {
     check.fail("topk_weights", "given with a row_map where top_k is 0: they tell the number of pairs", "None");
   }
-  IntList cols;
-  int64_t columns = 0;
-  for (const int64_t width : widths) {
-    check.range("widths", width, 0, kMaxWidth);
-    cols.push_back(columns);
-    columns += width;
-  }
-  const SliceArgs slices{&a, &b, table, &widths, &cols, 1};
+  const SliceArgs slices{&a, &b, table, &widths, nullptr, 1};
   const int64_t x_rows = top_k > 0 ? kAny : delta.size(0);
   LoraParams p = moe_params(check, {"delta", delta, slices, plan, pairs, row_map}, "x", &x, x_rows);
-  check.matrix("delta", delta, p.rows, columns, x.dtype());
   p.x_div = static_cast<int32_t>(top_k);
   if (topk_weights) p.row_weight = static_cast<const float*>(topk_weights->data_ptr());
   set_v_width(check, p, v_width);
@@ -567,7 +564,7 @@ void moe_act(Tensor h, Tensor y1, Tensor delta, Tensor table, Tensor plan, IntLi
   const OptionalTensor no_map;
   p.lora = moe_params(check, {"y1", y1, slices, plan, y1.size(0), no_map, mapped_pairs}, "", nullptr, 0);
   set_act(check, p, h, y1, act, alpha, limit);
-  check.matrix("delta", delta, p.lora.rows, int64_t{p.lora.slices.count} * p.lora.slices.width[0], y1.dtype());
+  check.matrix("delta", delta, p.lora.rows, sum_of_widths(p.lora.slices), y1.dtype());
   p.delta = delta.data_ptr();
   p.delta_stride = Checker::pitch(delta);
   if (p.lora.rows > 0 && p.lora.slices.width[0] > 0) Backend(h).moe_act(p);

@@ -34,6 +34,13 @@ struct SliceSet {
   int32_t col_stride;              // output n stands in column col + n * col_stride (2: gate and up interleaved)
 };
 
+/// Outputs of all slices: columns of a matrix in which they stand slice after slice.
+inline int64_t sum_of_widths(const SliceSet& slices) {
+  int64_t sum = 0;
+  for (int32_t s = 0; s < slices.count; ++s) sum += slices.width[s];
+  return sum;
+}
+
 /// Whether an entry with a rank above 0 stays inside what the call was given: A, B and the columns of v. Tables are
 /// device memory that a caller may have filled by hand or for another call; an entry that fails counts as absent in the
 /// kernels and is refused on the CPU. `a_rows_used`: rank, or the vocabulary where A is [tokens, rank]. a_rows and
