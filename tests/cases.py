@@ -595,7 +595,7 @@ def make_moe_case(
     top_k: int = 4,
     slots: int = 3,
     experts: int = 8,
-    row_map: bool = False,
+    row_map: bool | Sequence[int] = False,
     expert_map: bool = False,
     invalid: bool = False,
     slot_ids: str = "mixed",
@@ -604,6 +604,7 @@ def make_moe_case(
     block: int = 4,
     seed: int = 0,
 ) -> MoeCase:
+    """``row_map``: whether there is one, drawn at random; or the map itself."""
     gen = torch.Generator().manual_seed(3000 + seed)
     rng = random.Random(seed)
     global_experts = experts * 2 + 1 if expert_map else experts
@@ -623,7 +624,9 @@ def make_moe_case(
         slot = [rng.choice([slots, -2, 2**31 - 1]) if rng.random() < 0.2 else s for s in slot]
     weights = torch.rand((tokens, top_k), generator=gen) + 0.25
     mapped = None
-    if row_map:
+    if not isinstance(row_map, bool):
+        mapped = torch.tensor(row_map, dtype=torch.int32)
+    elif row_map:
         flat = [e for row in topk for e in row]
         positions = make_row_map(
             [e if 0 <= e < global_experts else global_experts for e in flat], len(flat), block, rng

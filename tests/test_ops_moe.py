@@ -181,6 +181,19 @@ def test_the_same_expert_twice_in_a_tokens_top_k(device, dtype, path, row_map):
     run_reduce(case, make_moe_half(case, down=True, weighted=False), y2_weighted=False)
 
 
+@pytest.mark.trap(7)
+@pytest.mark.parametrize("shape", [{}, {"k": 128, "width": 64, "aligned": True}], ids=["odd", "aligned"])
+@pytest.mark.parametrize("row_map", [[], [-1] * 7], ids=["no_positions", "padding"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_maps_without_any_pair(device, dtype, path, tokens, row_map, shape):
+    """Nothing to do but sums of nothing: an expert-parallel rank to which no token of the step came."""
+    case = make_moe_case(device, dtype, tokens=tokens, row_map=row_map)
+    run_gate_up(case, make_moe_half(case, down=False, **shape))
+    run_down(case, make_moe_half(case, down=True, **shape))
+    run_act(case, make_moe_half(case, down=False, **shape), "silu")
+    run_reduce(case, make_moe_half(case, down=True, weighted=False, **shape), y2_weighted=False)
+
+
 @ORDER
 def test_invalid_slots_experts_and_positions_are_nobody(device, dtype, path, row_map):
     case = make_moe_case(device, dtype, tokens=40, invalid=True, row_map=row_map)

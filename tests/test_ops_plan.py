@@ -240,6 +240,12 @@ def test_moe_row_map_of_padding_alone(device):
     ref.check_plan(plan, [-2] * 40, 2, 0, [-1, -1])
 
 
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_moe_row_map_without_positions(device, tokens):
+    """A map still, though an empty tensor has no data: all pairs are without a position."""
+    check_moe(make_moe_case(device, tokens=tokens, row_map=[]))
+
+
 @pytest.mark.parametrize("row_map", [False, True], ids=["pair_order", "row_map"])
 def test_moe_above_the_single_launch_limit(device, row_map):
     check_moe(make_moe_case(device, tokens=2500, top_k=8, slots=3, experts=128, row_map=row_map, block=16))

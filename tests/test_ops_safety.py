@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import embedding_args, make_dense_case, make_embedding_case, make_moe_case, make_moe_half, ops
+from cases import Guarded, embedding_args, make_dense_case, make_embedding_case, make_moe_case, make_moe_half, ops
 from test_ops_bad_input import broken
 
 
@@ -117,6 +117,31 @@ def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, va
         assert broken(call) == (device == "cpu")
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("shape", [{}, {"k": 64, "width": 64, "aligned": True}], ids=["odd", "aligned"])
+def test_no_tokens_and_a_map_that_the_plan_was_not_made_with_reach_nothing(device, dtype, path, shape):
+    """A plan without a map is as long as one with a map of no pairs: its active rows would read an x of no rows."""
+    moe = make_moe_case(device, dtype, no_expert=0.0, slot_ids="one")
+    up, down = make_moe_half(moe, down=False, **shape), make_moe_half(moe, down=True, **shape)
+    row_map = torch.zeros(moe.positions, dtype=torch.int32, device=device)
+    gate = dict(x=up.x[:0], **up.args(), plan=moe.plan, top_k=moe.top_k, row_map=row_map)
+    of_down = dict(down.args(), plan=moe.plan, topk_weights=moe.topk_weights[:0], row_map=row_map)
+
+    def buffer(columns: int) -> Guarded:
+        data = torch.full((moe.positions, columns), torch.nan, dtype=dtype)
+        return Guarded(data, device, moe.gen, left=8, right=8)
+
+    def delta(columns: int, cols: list[int], **call) -> None:
+        out = buffer(columns)
+        nothing_but_refused_or_absent(device, lambda: ops.moe_delta(out.view, **call), out, "delta")
+
+    y, h = up.y, buffer(up.widths[0])
+    nothing_but_refused_or_absent(device, lambda: ops.moe_gate_up_(y.view, **gate), y, "gate/up")
+    nothing_but_refused_or_absent(device, lambda: ops.moe_gate_up_act(h.view, y.view, act=0, **gate), h, "h")
+    nothing_but_refused_or_absent(device, lambda: ops.moe_down_(down.y.view, down.x, **of_down), down.y, "down")
+    delta(sum(up.widths), **gate)
+    delta(down.widths[0], x=down.x, **of_down)
 
 
 @pytest.mark.parametrize("name", ["table", "plan"])

@@ -46,7 +46,7 @@ constexpr int64_t kBlockPairs = 512;
 
 int32_t row_of_pair(const DownReduceParams& params, int64_t pair) {
   const PlanView& plan = params.lora.plan;
-  const int32_t row = params.lora.row_map != nullptr ? plan.pair_pos[pair] : static_cast<int32_t>(pair);
+  const int32_t row = plan.pair_pos != nullptr ? plan.pair_pos[pair] : static_cast<int32_t>(pair);
   return row < 0 || plan.row_group[row] == kNoRow ? -1 : row;
 }
 

@@ -16,6 +16,15 @@ constexpr int64_t kMaxWidth = 1 << 23;
 
 const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
 
+// Of a map that is there, which says more than what it holds: an empty tensor has no data, but null is no map.
+const int32_t* map_data(const Tensor& map) {
+  static const int32_t none = -1;  // never read
+  return map.size(0) > 0 ? int32_data(map) : &none;
+}
+
+// Whether there are pairs of tokens and experts, of which positions of a row map are some. Without them no row exists.
+bool has_pairs(const LoraParams& p) { return p.row_map == nullptr || p.plan.pairs > 0; }
+
 // Table, weights and outputs of the slices. What an op does not take is null; widths without cols stand slice after
 // slice.
 struct SliceArgs {
@@ -174,7 +183,7 @@ void check_on_cpu(const Checker& check, const LoraParams& p, int64_t a_rows_used
 bool adds_something(const Checker& check, const Tensor& like, const LoraParams& p, int64_t a_rows_used = -1,
                     const int32_t* a_cols = nullptr) {
   if (p.rows == 0 || p.slices.groups == 0) return false;
-  if (!like.is_cpu()) return true;
+  if (!like.is_cpu()) return has_pairs(p);
   check_on_cpu(check, p, a_rows_used, a_cols);
   return p.plan.header[kPlanRuns] > 0;
 }
@@ -211,7 +220,7 @@ void run_linear(const Checker& check, LoraParams& p, const Tensor& like, int64_t
 const int32_t* checked_row_map(const Checker& check, const OptionalTensor& row_map, int64_t rows) {
   if (!row_map) return nullptr;
   check.contiguous("row_map", *row_map, {rows}, dtype::kInt32);
-  return int32_data(*row_map);
+  return map_data(*row_map);
 }
 
 void set_x(LoraParams& p, const Tensor& x) {
@@ -263,7 +272,7 @@ void moe_plan(Tensor plan, Tensor topk_ids, Tensor token_slots, int64_t num_slot
   if (row_map) {
     check.contiguous("row_map", *row_map, {kAny}, dtype::kInt32);
     check.range("row_map.size(0)", row_map->size(0), 0, kMaxInt32 / 8);
-    p.row_map = int32_data(*row_map);
+    p.row_map = map_data(*row_map);
     p.rows = row_map->size(0);
   }
   checked_plan(check, plan, p.rows, num_slots * num_experts, row_map ? p.pairs : 0);
@@ -494,6 +503,7 @@ void moe_gate_up_act(Tensor h, Tensor y1, Tensor x, TensorList a, TensorList b, 
   set_v_width(check, p.lora, v_width);
   if (p.lora.rows == 0 || p.lora.slices.width[0] == 0) return;
   adds_something(check, h, p.lora);  // for its checks: rows without an adapter are written, too
+  if (!has_pairs(p.lora)) return;
   const Backend backend(h);
   const OptionalTensor memory = scratch(p.lora, h, backend.gate_up_act_scratch(p));
   backend.gate_up_act(p);
