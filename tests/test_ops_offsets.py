@@ -144,3 +144,23 @@ def test_expert_pool_beyond_31_bits(device, path):
     ]
     assert 1 in ids
     check(y, y0, x.repeat_interleave(2, 0), ids, adapter)
+
+
+@pytest.mark.trap(9, 14)
+@pytest.mark.parametrize("width", [64, 33], ids=["aligned", "odd"])
+def test_deltas_more_than_two_gigabytes_apart(device, path, width):
+    """The pitch that one call of a runtime's memset takes ends there."""
+    k, rows, pitch = 64, 3, 2**30 + 8
+    adapter = make_adapter([width], k, (8,), GEN, torch.bfloat16)
+    buffer = huge(device, (rows - 1) * pitch + width + 8)
+    delta, beside = buffer.as_strided((rows, width), (pitch, 1)), buffer.as_strided((rows, 8), (pitch, 1), width)
+    delta.fill_(torch.nan)
+    beside.fill_(7.0)
+    plan = ref.new_plan(rows, 2, device=device)
+    ids = torch.tensor([[1], [1], [0]], dtype=torch.int32, device=device)
+    ops.moe_plan(plan, ids, torch.zeros(rows, dtype=torch.int32, device=device), 1, 2)
+    x, b = randn((rows, k), GEN, torch.bfloat16).to(device), adapter.b[0].flatten().to(device)
+    ops.moe_delta(delta, x, [adapter.a[0].to(device)], [b], one_entry(adapter, 0, 0, device), plan, [width], 8)
+    want = ref.lora_delta(x.cpu(), adapter.a[0], adapter.b[0], adapter.scale[0])
+    ref.assert_close("delta", delta.cpu()[:2], want[:2], want.exact[:2])
+    assert (delta[2] == 0).all() and (beside == 7.0).all()

@@ -21,6 +21,21 @@ cudaError_t choose_seam(const LoraParams& p, bool serves, Path& path) {
   return adds_nothing(p) ? cudaSuccess : choose_moe(serves, path);
 }
 
+// Zeros in the first `width` bytes of each row. cudaMemset2D takes no pitch of 2 GiB and more; of such rows there are
+// few.
+cudaError_t zero_rows(void* to, int64_t pitch, int64_t width, int64_t rows, cudaStream_t stream) {
+  if (rows == 1 || pitch == width) return cudaMemsetAsync(to, 0, static_cast<size_t>(rows * width), stream);
+  if (pitch <= INT32_MAX) {
+    return cudaMemset2DAsync(to, static_cast<size_t>(pitch), 0, static_cast<size_t>(width), static_cast<size_t>(rows),
+                             stream);
+  }
+  cudaError_t error = cudaSuccess;
+  for (int64_t row = 0; row < rows && error == cudaSuccess; ++row) {
+    error = cudaMemsetAsync(static_cast<char*>(to) + row * pitch, 0, static_cast<size_t>(width), stream);
+  }
+  return error;
+}
+
 }  // namespace
 
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes) {
@@ -89,13 +104,9 @@ cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (path == Path::kMma) return moe_delta_path(p, stream);
   const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
-  int64_t width = 0;
-  for (int s = 0; s < p.slices.count; ++s) width += p.slices.width[s];
+  const int64_t width = sum_of_widths(p.slices);
   if (width == 0) return cudaSuccess;
-  // of one row, the stride may be anything
-  const int64_t pitch = p.rows == 1 ? width : p.y_stride;
-  error = cudaMemset2DAsync(p.y, static_cast<size_t>(pitch * element), 0, static_cast<size_t>(width * element),
-                            static_cast<size_t>(p.rows), stream);
+  error = zero_rows(p.y, p.y_stride * element, width * element, p.rows, stream);
   if (error != cudaSuccess) return error;
   return (p.v_of_x ? expand_general_path : linear_general_path)(p, stream);
 }

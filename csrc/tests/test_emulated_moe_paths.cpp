@@ -1,0 +1,118 @@
+// Which path MoE's ops take, as moe/moe.cu chooses it, and what it does itself. The general path is a stand-in here
+// that says that it was called; the runtime's memsets are stand-ins with the device's limits.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "check.h"
+#include "emulated.h"
+#include "moe/paths.h"
+#include "polylora/cuda.h"
+
+namespace polylora {
+namespace {
+
+/// What was called, in order.
+std::string called;
+
+constexpr size_t kMaxPitch = INT32_MAX;  // cudaDevAttrMaxPitch
+
+cudaError_t note(const char* what) {
+  called += (called.empty() ? "" : " ") + std::string(what);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+namespace cuda {
+
+cudaError_t linear_general_path(const LoraParams&, cudaStream_t) { return note("linear"); }
+cudaError_t shrink_general_path(const LoraParams&, cudaStream_t) { return note("shrink"); }
+cudaError_t expand_general_path(const LoraParams&, cudaStream_t) { return note("expand"); }
+cudaError_t gate_up_act_general_path(const GateUpActParams&, cudaStream_t) { return note("act"); }
+cudaError_t down_reduce_general_path(const DownReduceParams&, cudaStream_t) { return note("reduce"); }
+
+}  // namespace cuda
+}  // namespace polylora
+
+extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return polylora::note("memset");
+}
+
+extern "C" cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
+  if (pitch > polylora::kMaxPitch || width > pitch) return cudaErrorInvalidValue;
+  for (size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(to) + row * pitch, value, width);
+  return polylora::note("memset2d");
+}
+
+namespace polylora::testing {
+namespace {
+
+/// What an op called under a forced path, or its error's name.
+template <typename Op, typename Params>
+std::string run(const char* path, Op op, const Params& params) {
+  setenv("POLYLORA_PATH", path, 1);
+  called.clear();
+  const cudaError_t error = op(params, nullptr);
+  unsetenv("POLYLORA_PATH");
+  switch (error) {
+    case cudaSuccess:
+      return called;
+    case cudaErrorNotSupported:
+      return "not supported";
+    default:
+      return error == cudaErrorInvalidValue ? "invalid value" : "another error";
+  }
+}
+
+/// Zeros in the deltas of two slices, and in nothing between their rows; by what.
+void zeroed_deltas(const std::string& what, int64_t rows, int64_t pitch, const std::string& want) {
+  constexpr int64_t kWidth = 24 + 7;
+  LoraParams p{};
+  p.dtype = DType::kFloat32;  // which the general path alone serves
+  p.rows = rows;
+  p.slices.groups = 1;
+  p.slices.count = 2;
+  p.slices.col_stride = 1;
+  p.slices.width[0] = 24;
+  p.slices.width[1] = 7;
+  const int64_t elements = (rows - 1) * pitch + kWidth;
+  const size_t bytes = static_cast<size_t>(elements) * sizeof(float);  // of which few are ever touched
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  p.y = memory;
+  p.y_stride = pitch;
+  auto* values = static_cast<float*>(memory);
+  const auto each = [&](auto&& visit) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t columns = row + 1 < rows ? std::min(pitch, kWidth + 9) : kWidth;
+      for (int64_t n = 0; n < columns; ++n) visit(row, n, values[row * pitch + n]);
+    }
+  };
+  each([](int64_t, int64_t, float& value) { value = 1.f; });
+  const std::string got = run("", cuda::moe_delta, p);
+  CHECK(got == want, "%s: %s, want %s", what.c_str(), got.c_str(), want.c_str());
+  each([&](int64_t row, int64_t n, float value) {
+    CHECK(value == (n < kWidth ? 0.f : 1.f), "%s: row %lld column %lld is %g", what.c_str(), (long long)row,
+          (long long)n, value);
+  });
+  munmap(memory, bytes);
+}
+
+void deltas_before_they_are_made() {
+  zeroed_deltas("contiguous", 5, 31, "memset linear");
+  zeroed_deltas("one row", 1, 3, "memset linear");
+  zeroed_deltas("apart", 5, 40, "memset2d linear");
+  zeroed_deltas("as far apart as can be", 3, kMaxPitch / 4, "memset2d linear");
+  zeroed_deltas("farther", 3, kMaxPitch / 4 + 1, "memset memset memset linear");
+}
+
+}  // namespace
+}  // namespace polylora::testing
+
+int main() {
+  polylora::testing::deltas_before_they_are_made();
+  return polylora::testing::report();
+}
