@@ -7,6 +7,7 @@ synchronisation, so the kernels take what fails as absent. On the CPU it is an e
 from __future__ import annotations
 
 import pytest
+import reference as ref
 import torch
 from cases import Guarded, embedding_args, make_dense_case, make_embedding_case, make_moe_case, make_moe_half, ops
 from test_ops_bad_input import broken
@@ -213,6 +214,25 @@ def test_a_forced_path_refuses_what_it_does_not_serve(device, monkeypatch):
     monkeypatch.setenv("POLYLORA_PATH", "no such path")
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         linear(**make_dense_case(device, torch.bfloat16).linear_args())
+
+
+@pytest.mark.cuda_only
+def test_a_forced_path_holds_for_seams_of_layers_without_slots(device, monkeypatch):
+    """Streams of weights want a group; what is left of the call is the general path's."""
+    moe = make_moe_case(device, torch.bfloat16, tokens=4, slots=1, slot_ids="none")
+    half = make_moe_half(moe, down=True, k=64, width=64, aligned=True)
+    out = torch.zeros((4, 64), dtype=torch.bfloat16, device=device)
+    call = half.args() | {"table": half.pools.table[:0], "plan": ref.new_plan(moe.positions, 0, device=device)}
+    ops.moe_plan(call["plan"], moe.topk_ids, moe.token_slots, 0, moe.experts)
+    call |= {"out": out, "y2": half.y.view, "h": half.x, "topk_weights": moe.topk_weights}
+    monkeypatch.setenv("POLYLORA_PATH", "general")
+    torch.ops.polylora.moe_down_reduce(**call)
+    monkeypatch.setenv("POLYLORA_PATH", "mma")
+    with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
+        torch.ops.polylora.moe_down_reduce(**call)
+    monkeypatch.setenv("POLYLORA_PATH", "no such path")
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        torch.ops.polylora.moe_down_reduce(**call)
 
 
 @pytest.mark.cuda_only

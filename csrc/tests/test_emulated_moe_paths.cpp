@@ -67,6 +67,44 @@ std::string run(const char* path, Op op, const Params& params) {
   }
 }
 
+/// A call that has nothing to stream: the seams' own work is left.
+LoraParams without_groups() {
+  LoraParams p{};
+  p.dtype = DType::kBFloat16;
+  p.rows = 8;
+  p.k = p.x_stride = p.y_stride = 64;
+  p.slices.count = p.slices.col_stride = 1;
+  p.slices.width[0] = 64;
+  return p;
+}
+
+void forced_paths_of_seams_without_groups() {
+  GateUpActParams g{};
+  g.lora = without_groups();
+  g.h_stride = 64;
+  DownReduceParams d{};
+  d.lora = without_groups();
+  d.out_stride = 64;
+  d.tokens = 4;
+  d.top_k = 2;
+  const struct {
+    const char* path;
+    const char *act, *reduce;
+  } wanted[] = {
+      {"", "act", "reduce"},
+      {"general", "act", "reduce"},
+      {"mma", "not supported", "not supported"},
+      {"wide", "not supported", "not supported"},
+      {"no such path", "invalid value", "invalid value"},
+  };
+  for (const auto& want : wanted) {
+    std::string got = run(want.path, cuda::gate_up_act, g);
+    CHECK(got == want.act, "gate_up_act, path '%s': %s, want %s", want.path, got.c_str(), want.act);
+    got = run(want.path, cuda::down_reduce, d);
+    CHECK(got == want.reduce, "down_reduce, path '%s': %s, want %s", want.path, got.c_str(), want.reduce);
+  }
+}
+
 /// Zeros in the deltas of two slices, and in nothing between their rows; by what.
 void zeroed_deltas(const std::string& what, int64_t rows, int64_t pitch, const std::string& want) {
   constexpr int64_t kWidth = 24 + 7;
@@ -113,6 +151,7 @@ void deltas_before_they_are_made() {
 }  // namespace polylora::testing
 
 int main() {
+  polylora::testing::forced_paths_of_seams_without_groups();
   polylora::testing::deltas_before_they_are_made();
   return polylora::testing::report();
 }

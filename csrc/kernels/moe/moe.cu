@@ -15,10 +15,10 @@ cudaError_t choose_moe(bool serves, Path& path) {
   return choose({{false, false, serves, true}}, {{false, false, true, true}}, path, Path::kMma);
 }
 
-// A call without groups launches neither shrink nor expand, whose order the seams rely on, and has no table to read.
+// A call without rows or groups launches neither shrink nor expand, whose order the streams' seams rely on, and has no
+// table to read.
 cudaError_t choose_seam(const LoraParams& p, bool serves, Path& path) {
-  path = Path::kGeneral;
-  return adds_nothing(p) ? cudaSuccess : choose_moe(serves, path);
+  return choose_moe(serves && !adds_nothing(p), path);
 }
 
 // Zeros in the first `width` bytes of each row. cudaMemset2D takes no pitch of 2 GiB and more; of such rows there are
