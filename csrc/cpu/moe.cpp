@@ -121,23 +121,32 @@ class BlockDelta {
   std::vector<float> delta_;
 };
 
+/// Outputs [n, n + cols) of a token. Its pairs come in their order: row_of(pair), -1 where it has none, and
+/// add(sum, pair, row, y2, weight of y2).
+template <class RowOf, class Add>
+void reduce_token(const DownReduceParams& params, const Kernels& kernel, int64_t token, int32_t n, int32_t cols,
+                  const RowOf& row_of, const Add& add) {
+  float sum[kProductCols] = {};
+  float part[kProductCols];
+  for (int64_t j = 0; j < params.top_k; ++j) {
+    const int64_t pair = token * params.top_k + j;
+    const int32_t row = row_of(pair);
+    if (row < 0) continue;
+    const float weight = params.y_weighted ? 1.0f : params.lora.row_weight[pair];
+    add(sum, pair, row, row_part(params.lora, kernel.element_size, row, 0, n, cols, part), weight);
+  }
+  kernel.store(element_at(params.out, token * params.out_stride + n, kernel.element_size), sum, cols);
+}
+
 void reduce_columns(const DownReduceParams& params, const Kernels& kernel, const TokenBlock& block,
                     const BlockDelta& delta, int32_t n, int32_t cols) {
-  const LoraParams& lora = params.lora;
-  for (int64_t token = 0; token < block.tokens; ++token) {
-    float sum[kProductCols] = {};
-    float part[kProductCols];
-    for (int64_t j = 0; j < params.top_k; ++j) {
-      const int64_t at = token * params.top_k + j;
-      const int32_t row = block.pair_row[static_cast<size_t>(at)];
-      if (row < 0) continue;
-      const int64_t pair = (block.token + token) * params.top_k + j;
-      const float weight = params.y_weighted ? 1.0f : lora.row_weight[pair];
-      const void* y = row_part(lora, kernel.element_size, row, 0, n, cols, part);
-      kernel.accumulate(sum, y, weight, delta.of_pair(at, lora), cols);
-    }
-    const int64_t at = (block.token + token) * params.out_stride + n;
-    kernel.store(element_at(params.out, at, kernel.element_size), sum, cols);
+  const int64_t first = block.token * params.top_k;  // pair of the block
+  const auto row_of = [&](int64_t pair) { return block.pair_row[static_cast<size_t>(pair - first)]; };
+  const auto add = [&](float* sum, int64_t pair, int32_t, const void* y2, float weight) {
+    kernel.accumulate(sum, y2, weight, delta.of_pair(pair - first, params.lora), cols);
+  };
+  for (int64_t token = block.token; token < block.token + block.tokens; ++token) {
+    reduce_token(params, kernel, token, n, cols, row_of, add);
   }
 }
 
@@ -220,8 +229,7 @@ void down_reduce(const DownReduceParams& params, const ParallelFor& parallel_for
 
 void moe_delta(const LoraParams& params, const ParallelFor& parallel_for) {
   const int64_t size = kernels(params.dtype).element_size;
-  int64_t width = 0;
-  for (int32_t s = 0; s < params.slices.count; ++s) width += params.slices.width[s];
+  const int64_t width = sum_of_widths(params.slices);
   for (const RowBlock& block : active_blocks(params.plan)) {
     for (int32_t r = 0; r < block.count; ++r) {
       std::memset(static_cast<char*>(params.y) + block.rows[r] * params.y_stride * size, 0,
@@ -266,23 +274,19 @@ void moe_reduce(const DownReduceParams& params, const ParallelFor& parallel_for)
   const LoraParams& lora = params.lora;
   const Kernels& kernel = kernels(lora.dtype);
   const int32_t width = lora.slices.width[0];
+  const auto row_of = [&](int64_t pair) { return row_of_pair(params, pair); };
   const auto body = [&](int64_t begin, int64_t end) {
-    float part[kProductCols];
     for (int64_t token = begin; token < end; ++token) {
       for (int32_t n = 0; n < width; n += kProductCols) {
         const int32_t cols = std::min(kProductCols, width - n);
-        float sum[kProductCols] = {};
-        for (int64_t j = 0; j < params.top_k; ++j) {
-          const int64_t pair = token * params.top_k + j;
-          const int32_t row = row_of_pair(params, pair);
-          if (row < 0) continue;
-          const float weight = params.y_weighted ? 1.0f : lora.row_weight[pair];
-          kernel.accumulate(sum, row_part(lora, kernel.element_size, row, 0, n, cols, part), weight, nullptr, cols);
-          if (lora.plan.row_group[row] < 0) continue;
-          const int64_t at = row * params.delta_stride + n;
-          kernel.accumulate(sum, element_at(params.delta, at, kernel.element_size), 1.0f, nullptr, cols);
-        }
-        kernel.store(element_at(params.out, token * params.out_stride + n, kernel.element_size), sum, cols);
+        reduce_token(params, kernel, token, n, cols, row_of,
+                     [&](float* sum, int64_t, int32_t row, const void* y2, float weight) {
+                       kernel.accumulate(sum, y2, weight, nullptr, cols);
+                       if (lora.plan.row_group[row] < 0) return;
+                       const int64_t at = row * params.delta_stride + n;
+                       const void* delta = element_at(params.delta, at, kernel.element_size);
+                       kernel.accumulate(sum, delta, 1.0f, nullptr, cols);
+                     });
       }
     }
   };

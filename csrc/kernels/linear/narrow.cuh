@@ -338,8 +338,7 @@ inline int64_t narrow_jobs(const LoraParams& p) {
 
 /// Bytes of A and B that these read, with an even share of v for each slice.
 inline int64_t decode_weight_bytes(const LoraParams& p) {
-  int64_t elements_a_rank = p.k * p.slices.count;
-  for (int s = 0; s < p.slices.count; ++s) elements_a_rank += p.slices.width[s];
+  const int64_t elements_a_rank = p.k * p.slices.count + sum_of_widths(p.slices);
   return narrow_jobs(p) * elements_a_rank * even_rank(p) * 2;
 }
 

@@ -38,8 +38,7 @@ int32_t delta_columns(const DownReduceParams& d) {
 // two: r64 M64 105, 112, but r64 M256 338, 308, where the deltas take longer than the GEMM.
 int blocks_beside(const LoraParams& p) {
   constexpr int64_t kMuch = int64_t{512} << 20;  // bytes of weights
-  int64_t elements_a_rank = p.k * p.slices.count;
-  for (int s = 0; s < p.slices.count; ++s) elements_a_rank += p.slices.width[s];
+  const int64_t elements_a_rank = p.k * p.slices.count + sum_of_widths(p.slices);
   return 2 * plan_max_runs(p.rows, p.slices.groups) * even_rank(p) * elements_a_rank > kMuch ? 2 : 1;
 }
 
