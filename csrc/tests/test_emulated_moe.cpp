@@ -39,7 +39,7 @@ struct Shape {
   Activation act = Activation::kSilu;
   bool y_weighted = false;
   bool apart = false;            // the deltas by an op of their own
-  bool v_given = false;          // and v, of each row of x: where all experts share A
+  bool v_given = false;          // and v, of each row of x: for gate and up, where all experts share A
   bool shared_a = false;         // one A for gate and up
   bool experts_share_a = false;  // of one adapter
   bool experts_share_b = false;
@@ -272,6 +272,11 @@ class Problem {
       for (int s = 0; s < slices_; ++s) fill(table_[at_entry(g, s)], s);
     }
     present_ = table_;
+    if (shape_.v_given) {  // where A lies is nobody's business, and slices that share v may have an A each
+      for (int g = 0; g < groups_; ++g) {
+        if (slices_ > 1) table_[at_entry(g, 1)].a_row += 1000;
+      }
+    }
     if (shape_.broken) break_entries();
     table_bytes_.reset(new GuardedBytes(static_cast<int64_t>(table_.size() * sizeof(SliceEntry))));
     std::vector<unsigned char> noise(table_.size() * sizeof(SliceEntry));
@@ -332,7 +337,7 @@ class Problem {
       SliceEntry& entry = table_[at];
       const Arena& arena = arena_of(static_cast<int>(at) % slices_);
       if (entry.rank == 0 || random_.chance(0.5)) continue;
-      switch (random_.between(0, 6)) {
+      switch (random_.between(shape_.v_given ? 1 : 0, 6)) {
         case 0:
           entry.a_row = static_cast<int32_t>(arena.a_rows - entry.rank + 1);
           break;
@@ -765,11 +770,8 @@ class Problem {
 /// moe_delta; sets where it left them.
 cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
   LoraParams p = problem.params();
-  int64_t width = 0;
-  for (int s = 0; s < p.slices.count; ++s) {
-    p.slices.col[s] = width;
-    width += p.slices.width[s];
-  }
+  const int64_t width = sum_of_widths(p.slices);
+  for (int s = 0; s < p.slices.count; ++s) p.slices.col[s] = s > 0 ? p.slices.col[s - 1] + p.slices.width[s - 1] : 0;
   p.slices.col_stride = 1;
   stride = width + 8;
   p.y = problem.deltas(p.rows > 0 ? 2 * ((p.rows - 1) * stride + width) : 0);
@@ -778,6 +780,11 @@ cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
   if (problem.v_given()) {
     p.v_of_x = true;
     p.v = problem.given_v(p.v_stride);
+    p.x = nullptr;
+    for (int s = 0; s < p.slices.count; ++s) {
+      p.slices.a[s] = nullptr;
+      p.slices.a_rows[s] = -1;
+    }
   }
   int64_t bytes = 0;
   const cudaError_t error = cuda::moe_deltas_scratch(p, bytes);
@@ -828,7 +835,7 @@ void run(const std::string& what, const Shape& shape, int runs = 2) {
   Shape of_two = shape;
   of_two.apart = true;
   run(what + ", apart", of_two, runs);
-  if (!shape.experts_share_a || shape.op != Op::kGateUpAct) return;
+  if (!shape.experts_share_a && shape.op == Op::kGateUpAct) return;
   of_two.v_given = true;
   run(what + ", v given", of_two, runs);
 }
@@ -978,6 +985,10 @@ void gate_and_up(Op op) {
   shape.shared_a = true;
   shape.experts_share_a = true;
   run(name + " one A for gate, up and all experts", shape);
+  for (int rank : {64, 100, 256}) {
+    shape.ranks = {rank};
+    run(name + " one A of rank " + std::to_string(rank) + " for gate, up and all experts", shape);
+  }
   shape.broken = true;
   run(name + " one A for gate and up, broken entries", shape, 4);
   shape.experts_share_a = false;

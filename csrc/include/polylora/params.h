@@ -147,7 +147,7 @@ struct LoraParams {
   int64_t y_stride;         //
   float* v;                 // [rows, v_width], row pitch v_stride; unscaled x A^T; of shrink and expand alone
   int64_t v_stride;         //
-  bool v_of_x;              // moe_delta: v is given, a row for each of x: [x_rows, v_width]; then x and A are unused
+  bool v_of_x;              // moe_delta: v is given, a row for each of x: [x_rows, v_width]; no x and no A (a_rows -1)
   int32_t v_width;          //
   void* scratch;            // [bytes as *_scratch says], 16-byte aligned
   const int32_t* row_map;   // [rows] position to pair, or null: the identity

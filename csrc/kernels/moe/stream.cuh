@@ -184,7 +184,8 @@ inline StreamTask stream_task(const LoraParams& p, int planes) {
   task.row_weight = p.row_weight;
   task.plane = static_cast<float*>(p.scratch);
   task.planes = planes;
-  task.plane_width = static_cast<int32_t>(plane_width(p.v_width, p.slices.count));
+  // there are no planes of a v that is given, and any ranks have room
+  task.plane_width = p.v_of_x ? INT32_MAX : static_cast<int32_t>(plane_width(p.v_width, p.slices.count));
   task.plane_elements = p.rows * task.plane_width;
   task.x_stride = static_cast<int32_t>(p.x_stride);
   task.x_div = p.x_div;
