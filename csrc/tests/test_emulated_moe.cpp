@@ -781,11 +781,13 @@ cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
     p.v_of_x = true;
     p.v = problem.given_v(p.v_stride);
     p.x = nullptr;
+    p.k = p.x_stride = 7;  // nothing that a stream of A could take
     for (int s = 0; s < p.slices.count; ++s) {
       p.slices.a[s] = nullptr;
       p.slices.a_rows[s] = -1;
     }
   }
+  if (!cuda::moe_stream_serves(p)) return cudaErrorNotSupported;
   int64_t bytes = 0;
   const cudaError_t error = cuda::moe_deltas_scratch(p, bytes);
   p.scratch = problem.scratch(bytes);
@@ -1017,6 +1019,32 @@ void gate_and_up(Op op) {
   run(name + ", one slice, sorted", {op, 20, 2, 96, {136}, {64, 8, 0}, DType::kFloat16, 3, 4, "mixed", "sorted"});
 }
 
+/// Blocks are as many as the bytes that are read are worth, among them none of A where v is given.
+void blocks_of_given_v() {
+  cuda::emulated_device.sms = 7;
+  Shape shape{Op::kGateUpAct, 40, 2, 64, {64, 64}, {16}};
+  shape.experts_share_a = shape.apart = shape.v_given = true;
+  Problem problem(shape, 1);
+  problem.spoil(1, false);
+  LoraParams p = problem.params();
+  std::vector<unsigned char> delta(static_cast<size_t>(p.rows) * 128 * 2 + 16);
+  p.y = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(delta.data()) + 15) / 16 * 16);
+  p.y_stride = 128;
+  p.slices.col[0] = 0;
+  p.slices.col[1] = 64;
+  p.v_of_x = true;
+  p.v = problem.given_v(p.v_stride);
+  for (int64_t k : {8, 1 << 24}) {
+    p.k = k;
+    cuda::launches.clear();
+    CHECK(cuda::moe_delta_path(p, nullptr) == cudaSuccess, "k %lld", (long long)k);
+    const dim3 grid = cuda::launches.at(0).grid;
+    CHECK(cuda::launches.size() == 1 && grid.x * grid.y == 7, "k %lld: %u blocks on 7 SMs", (long long)k,
+          grid.x * grid.y);
+  }
+  cuda::emulated_device.sms = 132;
+}
+
 void activations() {
   for (Activation act :
        {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu2, Activation::kSwigluOai}) {
@@ -1049,6 +1077,7 @@ int main(int count, char** names) {
     any_op(op);
     if (op == Op::kGateUp || op == Op::kGateUpAct) gate_and_up(op);
     if (op == Op::kGateUpAct) activations();
+    if (op == Op::kGateUpAct) blocks_of_given_v();
   }
   return report();
 }

@@ -38,7 +38,7 @@ int32_t delta_columns(const DownReduceParams& d) {
 // two: r64 M64 105, 112, but r64 M256 338, 308, where the deltas take longer than the GEMM.
 int blocks_beside(const LoraParams& p) {
   constexpr int64_t kMuch = int64_t{512} << 20;  // bytes of weights
-  const int64_t elements_a_rank = p.k * p.slices.count + sum_of_widths(p.slices);
+  const int64_t elements_a_rank = (p.v_of_x ? 0 : p.k * p.slices.count) + sum_of_widths(p.slices);
   return 2 * plan_max_runs(p.rows, p.slices.groups) * even_rank(p) * elements_a_rank > kMuch ? 2 : 1;
 }
 
@@ -48,20 +48,29 @@ bool interleaved(const SliceSet& slices) {
   return slices.col_stride == 2 && slices.count == 2 && slices.col[1] == slices.col[0] + 1;
 }
 
-}  // namespace
-
-bool moe_stream_serves(const LoraParams& p) {
-  const SliceSet& slices = p.slices;
-  if (p.dtype == DType::kFloat32 || slices.count > kStreamSlices) return false;
+// What moe_shrink.cu asks of x and A.
+bool shrink_serves(const LoraParams& p) {
   if (p.k % 8 != 0 || p.k > 1 << 24 || p.x_stride % 8 != 0 || p.x_stride > INT32_MAX || !is_aligned(p.x, 16))
     return false;
   // pieces of x are counted in 32 bits
   const int64_t pairs = p.plan.pairs > 0 ? p.plan.pairs : p.rows;
   if ((p.x_div > 0 ? divide_up(pairs, p.x_div) : p.rows) * (p.x_stride / 8) >= UINT32_MAX) return false;
+  for (int s = 0; s < p.slices.count; ++s) {
+    const int64_t stride = p.slices.a_stride[s];
+    if (!is_aligned(p.slices.a[s], 16) || stride % 8 != 0 || stride > INT32_MAX) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool moe_stream_serves(const LoraParams& p) {
+  const SliceSet& slices = p.slices;
+  if (p.dtype == DType::kFloat32 || slices.count > kStreamSlices) return false;
+  if (!p.v_of_x && !shrink_serves(p)) return false;
   if (p.y_stride % 8 != 0 || p.y_stride > INT32_MAX || !is_aligned(p.y, 16)) return false;
   if (!is_aligned(p.plan.header, 16) || !is_aligned(slices.table, 16)) return false;
   for (int s = 0; s < slices.count; ++s) {
-    if (!is_aligned(slices.a[s], 16) || slices.a_stride[s] % 8 != 0 || slices.a_stride[s] > INT32_MAX) return false;
     if (!is_aligned(slices.b[s], 16) || slices.width[s] % 8 != 0 || slices.width[s] != slices.width[0]) return false;
     if (slices.col_stride == 1 && slices.col[s] % 8 != 0) return false;
   }
