@@ -671,6 +671,7 @@ class MoeHalf:
     y: Guarded  # base output of all positions that exist, noise elsewhere
     parts: list[Part]  # y + delta, positions with an adapter
     base_parts: list[Part]  # y, positions without one
+    adapters: list[Adapter]  # of each group
 
     def args(self) -> dict:
         return dict(**self.pools.args(), widths=self.widths, cols=self.cols, v_width=self.pools.v_width)
@@ -682,30 +683,32 @@ def make_moe_half(
     down: bool,
     k: int = 80,
     width: int = 33,
+    widths: Sequence[int] | None = None,
     gated: bool = True,
     interleaved: bool = False,
     ranks: Sequence[int] = (1, 3, 8, 16),
     absent: float = 0.15,
+    shared_a: float = 0.2,
     shared_outer: bool = False,
     layout: str = "slots",
     aligned: bool = False,
     weighted: bool = True,
     gaps: bool = True,
 ) -> MoeHalf:
-    """``weighted``: the deltas carry the top-k weight (down), as in moe_down_."""
+    """``weighted``: the deltas carry the top-k weight (down), as in moe_down_. ``widths``: of any slices, instead."""
     gen, dtype = case.gen, case.dtype
-    slices = 2 if gated and not down else 1
-    widths = [width] * slices
+    widths = list(widths) if widths else [width] * (2 if gated and not down else 1)
+    slices = len(widths)
     adapters: list[Adapter] = []
     for _ in range(case.slots):
-        one = make_adapters(1 if shared_outer else case.experts, widths, k, gen, dtype, ranks, absent)
+        one = make_adapters(1 if shared_outer else case.experts, widths, k, gen, dtype, ranks, absent, shared_a)
         adapters += one * case.experts if shared_outer else one
     pools = make_pools(adapters, widths, k, dtype, case.device, gen, layout, aligned)
     unit = 8 if aligned else 1
     left = unit if gaps else 0
-    cols = [left + (s if interleaved else s * width) for s in range(slices)]
+    cols = [left + (s if interleaved else sum(widths[:s])) for s in range(slices)]
     stride = slices if interleaved else 1
-    y_width = left + slices * width + (2 * unit if gaps else 0)
+    y_width = left + sum(widths) + (2 * unit if gaps else 0)
 
     row_group, positions = case.rows.row_group, case.positions
     source = [case.rows.pair[p] if down else case.of_token(p) for p in range(positions)]
@@ -718,7 +721,7 @@ def make_moe_half(
     weights = case.topk_weights.cpu().flatten()
     for g in sorted(set(row_group) - {NO_ROW}):
         at = ref.rows_of(row_group, g)
-        for s in range(slices):
+        for s, width in enumerate(widths):
             cols_s = torch.arange(width) * stride + cols[s]
             y_s = randn((len(at), width), gen, dtype)
             values[at[:, None], cols_s[None, :]] = y_s
@@ -735,7 +738,44 @@ def make_moe_half(
     assert_lora_matters(parts)
     y = Guarded(values, case.device, gen, 2 * unit, unit) if gaps else Guarded(values, case.device, gen)
     x = Guarded(x, case.device, gen, right=unit).view if gaps else x.to(case.device)
-    return MoeHalf(pools, widths, cols, stride, x, y, parts, base_parts)
+    return MoeHalf(pools, widths, cols, stride, x, y, parts, base_parts, adapters)
+
+
+def expected_deltas(case: MoeCase, half: MoeHalf, down: bool, weighted: bool) -> list[Part]:
+    """What moe_delta makes, slice after slice: zeros where a slice is absent."""
+    x, weights = half.x.cpu(), case.topk_weights.cpu().flatten()
+    parts = []
+    for g in ref.used_groups(case.rows.row_group):
+        at = ref.rows_of(case.rows.row_group, g)
+        pairs = [case.rows.pair[p] for p in at.tolist()]
+        rows = at if down else torch.tensor([pair // case.top_k for pair in pairs])
+        adapter = half.adapters[g]
+        for s, width in enumerate(half.widths):
+            cols = torch.arange(width) + sum(half.widths[:s])
+            rank, what = adapter.rank(s), f"delta of group {g} slice {s}"
+            if rank == 0:
+                zeros = torch.zeros((len(at), width), dtype=torch.float64)
+                parts.append(Part(what, at, cols, Product(zeros, zeros.to(case.dtype), zeros), None))
+                continue
+            w = weights[pairs] if weighted else None
+            delta = ref.lora_delta(x[rows], adapter.a[s], adapter.b[s], adapter.scale[s], w)
+            parts.append(Part(what, at, cols, delta, delta.exact, rank))
+    return parts
+
+
+def given_v(case: MoeCase, half: MoeHalf, down: bool) -> Tensor:
+    """v of the rows of x as shrink makes it; NaN where no adapter has a rank."""
+    x, entries = half.x.cpu().float(), half.pools.entries
+    v = torch.full((len(x), half.pools.v_width), torch.nan)
+    for position, group in enumerate(case.rows.row_group):
+        if group < 0:
+            continue
+        row = position if down else case.of_token(position)
+        for s in range(len(half.widths)):
+            _, rank, v_col, *_ = entries[group, s].tolist()
+            if rank:
+                v[row, v_col : v_col + rank] = half.adapters[group].a[s].float() @ x[row]
+    return v.to(case.device)
 
 
 def assemble(half: MoeHalf) -> Product:

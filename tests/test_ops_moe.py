@@ -11,7 +11,9 @@ from cases import (
     assert_lora_matters,
     check_parts,
     expected_act,
+    expected_deltas,
     expected_reduce,
+    given_v,
     make_moe_case,
     make_moe_half,
     ops,
@@ -21,6 +23,8 @@ from cases import (
 ORDER = pytest.mark.parametrize("row_map", [False, True], ids=["pair_order", "row_map"])
 GATED = pytest.mark.parametrize("gated, interleaved", [(False, False), (True, False), (True, True)],
                                 ids=["non_gated", "gated", "interleaved"])  # fmt: skip
+
+SHAPES = pytest.mark.parametrize("shape", [{}, {"k": 128, "width": 64, "aligned": True}], ids=["odd", "aligned"])
 
 
 def run_gate_up(case, half) -> None:
@@ -46,10 +50,10 @@ def blank(case, rows, width) -> Guarded:
 
 def run_delta(case, half, **more) -> torch.Tensor:
     """The deltas by themselves; what stands in rows without an adapter is nobody's business, so it is made NaN."""
-    args = half.args()
+    args = {"x": half.x, "plan": case.plan, "row_map": case.row_map} | half.args() | more
     del args["cols"]
     delta = blank(case, case.positions, sum(half.widths))
-    ops.moe_delta(delta.view, half.x, **args, plan=case.plan, row_map=case.row_map, **more)
+    ops.moe_delta(delta.view, **args)
     delta.assert_written_only("delta", torch.ones(delta.view.shape, dtype=torch.bool))
     active = torch.tensor([group >= 0 for group in case.rows.row_group], dtype=torch.bool, device=case.device)
     if case.positions:
@@ -81,8 +85,8 @@ def run_act(case, half, act, alpha=1.702, limit=7.0, v=None) -> None:
     half.y.assert_written_only("y1, which is only read", torch.zeros(half.y.view.shape, dtype=torch.bool))
 
 
-def run_reduce(case, half, y2_weighted) -> None:
-    """In one op, and with the deltas made before."""
+def run_reduce(case, half, y2_weighted, v=None) -> None:
+    """In one op, and with the deltas made before; of v where it is given."""
     parts = expected_reduce(case, half, y2_weighted)
     shape = (case.tokens, half.widths[0])
     out = blank(case, *shape)
@@ -93,7 +97,7 @@ def run_reduce(case, half, y2_weighted) -> None:
     check_parts(parts, out.view)
     out.assert_written_only("out", torch.ones(shape, dtype=torch.bool))
 
-    delta = run_delta(case, half, topk_weights=case.topk_weights)
+    delta = run_delta(case, half, topk_weights=case.topk_weights, v=v)
     apart = blank(case, *shape)
     ops.moe_reduce(
         apart.view, half.y.view, delta, half.pools.table, case.plan, case.topk_weights, half.widths, half.cols,
@@ -151,7 +155,7 @@ def test_a_and_b_shared_by_all_experts(device, dtype, path, row_map):
 
 @ORDER
 @GATED
-@pytest.mark.parametrize("shape", [{}, {"k": 128, "width": 64, "aligned": True}], ids=["odd", "aligned"])
+@SHAPES
 def test_a_shared_by_all_experts_is_multiplied_once_a_token(device, dtype, path, shape, gated, interleaved, row_map):
     case = make_moe_case(device, dtype, row_map=row_map, tokens=25, block=16)
     half = make_moe_half(case, down=False, shared_outer=True, gated=gated, interleaved=interleaved, **shape)
@@ -160,6 +164,55 @@ def test_a_shared_by_all_experts_is_multiplied_once_a_token(device, dtype, path,
     v = torch.full((case.tokens, half.pools.v_width), torch.nan, device=device)
     ops.shrink(v, half.x, half.pools.a, half.pools.table[:: case.experts].contiguous(), plan)
     run_act(case, half, "silu", v=v)
+
+
+@ORDER
+@SHAPES
+@pytest.mark.parametrize("rank", [8, 128])
+def test_v_of_every_row_instead_of_its_x(device, dtype, path, shape, rank, row_map):
+    """Down: what reduced v over the ranks of a row-parallel layer has no x of its own."""
+    case = make_moe_case(device, dtype, row_map=row_map, tokens=25, block=16)
+    half = make_moe_half(case, down=True, weighted=False, ranks=(rank, max(rank // 2, 1)), **shape)
+    run_reduce(case, half, y2_weighted=False, v=given_v(case, half, down=True))
+
+
+@SHAPES
+def test_v_stays_what_it_is_while_the_map_changes(device, dtype, path, shape):
+    """One v a token, and two steps that permute their pairs in the same buffers."""
+    case = make_moe_case(device, dtype, row_map=True, tokens=25, block=16)
+    half = make_moe_half(case, down=False, shared_outer=True, **shape)
+    v = given_v(case, half, down=False)
+    first = run_delta(case, half, top_k=case.top_k, v=v)
+    moved = torch.randperm(case.positions, generator=case.gen)
+    case.row_map.copy_(case.row_map[moved.to(device)])
+    case.rows = ref.moe_rows(case.topk_ids, case.token_slots, case.slots, case.experts, None, case.row_map)
+    ops.moe_plan(case.plan, case.topk_ids, case.token_slots, case.slots, case.experts, None, case.row_map)
+    second = run_delta(case, half, top_k=case.top_k, v=v)
+    check_parts(expected_deltas(case, half, down=False, weighted=False), second)
+    active = torch.tensor(case.rows.row_group) >= 0
+    ref.assert_same_bits("deltas where they moved", second.cpu()[active], first.cpu()[moved][active])
+
+
+@ORDER
+@SHAPES
+def test_deltas_of_tokens_with_the_weights_of_their_pairs(device, dtype, path, shape, row_map):
+    case = make_moe_case(device, dtype, row_map=row_map, tokens=25, block=16)
+    half = make_moe_half(case, down=False, **shape)
+    delta = run_delta(case, half, top_k=case.top_k, topk_weights=case.topk_weights)
+    check_parts(expected_deltas(case, half, down=False, weighted=True), delta)
+
+
+@ORDER
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("widths", [(64, 32), (40, 7, 19), (8, 64, 16, 16), (111, 19, 80, 1, 64, 99, 7, 33)],
+                         ids=["2", "3", "4", "8"])  # fmt: skip
+def test_any_number_of_unequal_slices(device, dtype, path, widths, layout, row_map):
+    case = make_moe_case(device, dtype, row_map=row_map, tokens=9)
+    for down in (False, True):
+        half = make_moe_half(case, down=down, widths=widths, layout=layout)
+        (run_down if down else run_gate_up)(case, half)
+        more = {"topk_weights": case.topk_weights} if down else {"top_k": case.top_k}
+        check_parts(expected_deltas(case, half, down, weighted=down), run_delta(case, half, **more))
 
 
 @pytest.mark.trap(15)
@@ -182,7 +235,7 @@ def test_the_same_expert_twice_in_a_tokens_top_k(device, dtype, path, row_map):
 
 
 @pytest.mark.trap(7)
-@pytest.mark.parametrize("shape", [{}, {"k": 128, "width": 64, "aligned": True}], ids=["odd", "aligned"])
+@SHAPES
 @pytest.mark.parametrize("row_map", [[], [-1] * 7], ids=["no_positions", "padding"])
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_maps_without_any_pair(device, dtype, path, tokens, row_map, shape):

@@ -104,6 +104,7 @@ def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, va
     delta = torch.zeros((moe.positions, sum(up.widths)), dtype=dtype, device=device)
     out = torch.zeros((moe.tokens, 24), dtype=dtype, device=device)
     h = torch.zeros((moe.positions, 24), dtype=dtype, device=device)
+    v = torch.zeros((moe.tokens, up.pools.v_width), device=device)
     gate = dict(x=up.x, **up.args(), plan=moe.plan, top_k=moe.top_k, row_map=changed)
     reduce = dict(h=down.x, **down.args(), plan=moe.plan, topk_weights=moe.topk_weights, row_map=changed)
     calls = [
@@ -113,6 +114,8 @@ def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, va
         lambda: ops.moe_down_reduce(out=out, y2=down.y.view, **reduce),
         lambda: ops.moe_delta(delta, up.x, up.pools.a, up.pools.b, up.pools.table, moe.plan, up.widths,
                               up.pools.v_width, top_k=moe.top_k, row_map=changed),
+        lambda: ops.moe_delta(delta, up.x, up.pools.a, up.pools.b, up.pools.table, moe.plan, up.widths,
+                              up.pools.v_width, top_k=moe.top_k, row_map=changed, v=v),
     ]  # fmt: skip
     for call in calls:
         assert broken(call) == (device == "cpu")
