@@ -176,6 +176,24 @@ def test_v_of_every_row_instead_of_its_x(device, dtype, path, shape, rank, row_m
     run_reduce(case, half, y2_weighted=False, v=given_v(case, half, down=True))
 
 
+@ORDER
+@SHAPES
+@pytest.mark.parametrize("rank", [8, 128])
+def test_where_v_is_given_x_and_a_say_nothing(device, dtype, path, shape, rank, row_map):
+    """Not how wide x is, where A lies, nor whether gate and up have an A each."""
+    case = make_moe_case(device, dtype, row_map=row_map, tokens=25, block=16)
+    half = make_moe_half(case, down=False, shared_outer=True, ranks=(rank,), shared_a=1.0, layout="ragged", **shape)
+    v = given_v(case, half, down=False)
+    want = run_delta(case, half, top_k=case.top_k, v=v)
+    check_parts(expected_deltas(case, half, down=False, weighted=False), want)
+    x = torch.full((case.tokens, 5), torch.nan, dtype=dtype, device=device)[:, 1:4]
+    table = half.pools.table.clone()
+    table[:, :, 0] = torch.arange(2 * len(table), device=device).view(-1, 2) + 10**6
+    for a in ([], half.pools.a, [x[:1], x[:2]]):
+        got = run_delta(case, half, top_k=case.top_k, v=v, x=x, a=a, table=table)
+        ref.assert_same_bits("deltas of v", got, want)
+
+
 @SHAPES
 def test_v_stays_what_it_is_while_the_map_changes(device, dtype, path, shape):
     """One v a token, and two steps that permute their pairs in the same buffers."""

@@ -114,8 +114,8 @@ def test_a_row_map_that_changed_after_the_plan_reaches_nothing(device, dtype, va
         lambda: ops.moe_down_reduce(out=out, y2=down.y.view, **reduce),
         lambda: ops.moe_delta(delta, up.x, up.pools.a, up.pools.b, up.pools.table, moe.plan, up.widths,
                               up.pools.v_width, top_k=moe.top_k, row_map=changed),
-        lambda: ops.moe_delta(delta, up.x, up.pools.a, up.pools.b, up.pools.table, moe.plan, up.widths,
-                              up.pools.v_width, top_k=moe.top_k, row_map=changed, v=v),
+        lambda: ops.moe_delta(delta, up.x, [], up.pools.b, up.pools.table, moe.plan, up.widths, up.pools.v_width,
+                              top_k=moe.top_k, row_map=changed, v=v),
     ]  # fmt: skip
     for call in calls:
         assert broken(call) == (device == "cpu")

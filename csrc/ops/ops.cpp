@@ -545,7 +545,7 @@ void moe_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table,
   } else if (row_map && top_k == 0) {
     check.fail("topk_weights", "given with a row_map where top_k is 0: they tell the number of pairs", "None");
   }
-  const SliceArgs slices{&a, &b, table, &widths, nullptr, 1};
+  const SliceArgs slices{v ? nullptr : &a, &b, table, &widths, nullptr, 1};
   const int64_t x_rows = top_k > 0 ? kAny : delta.size(0);
   LoraParams p = moe_params(check, {"delta", delta, slices, plan, pairs, row_map}, "x", &x, x_rows);
   p.x_div = static_cast<int32_t>(top_k);

@@ -279,8 +279,8 @@ def moe_delta(
         topk_weights: float32 ``[tokens, top_k]``: each delta is multiplied by that of its pair (down).
         row_map: as in :func:`moe_plan`; without ``top_k`` it needs ``topk_weights``.
         v: float32 ``[rows of x, v_width]``, what :func:`shrink` made of x with a plan of the tokens: where all experts
-            of an adapter share one A (shared-outer LoRA), it is multiplied once a token instead of once a pair. x and a
-            are then not read, yet a must be what the table was made for: entries are held against it. The table's
+            of an adapter share one A (shared-outer LoRA), it is multiplied once a token instead of once a pair. Then
+            the rows and dtype of x are all that counts of it, and a is not looked at: ``[]`` will do. The table's
             ``v_col`` must be those of the table that ``shrink`` was given.
     """
     _ops.moe_delta(delta, x, a, b, table, plan, widths, v_width, top_k, topk_weights, row_map, v)
