@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import reference as ref
 import torch
-from cases import embedding_args, make_embedding_case, ops
+from cases import embedding_args, make_embedding_case, ops, plan_rows
 
 LAYOUT = pytest.mark.parametrize("token_major", [False, True], ids=["rank_rows", "token_rows"])
 
@@ -86,3 +87,25 @@ def test_bf16_minus_zero_base_and_same_token_many_times(device, path):
     ops.embedding_(**embedding_args(case) | {"y": y})
     ref.assert_same_bits("rows of one token", y, y[:1].expand(40, -1))
     assert y.float().abs().sum() > 0
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["rank_1_first", "rank_1_last"])
+def test_an_a_of_one_row_may_have_any_row_stride(device, dtype, path, first):
+    """The others' stride is that of the call."""
+    vocab, rows, ranks = 16, 5, [1, 8]
+    gen = torch.Generator().manual_seed(7)
+    a = [torch.randn((8, vocab), generator=gen).to(dtype).to(device)[:rank] for rank in ranks]
+    a[0] = a[0].as_strided(a[0].shape, (3, 1))
+    b = [torch.randn((8 * rank,), generator=gen).to(dtype).to(device) for rank in ranks]
+    entries = np.zeros((1, 2), dtype=ref.ENTRY)
+    entries[0] = [(0, rank, 0, rank, 0, 1.0, 0) for rank in ranks]
+    if first == 1:
+        a, b, entries = a[::-1], b[::-1], entries[:, ::-1].copy()
+    tokens = torch.arange(rows, device=device)
+    y = torch.zeros((rows, 16), dtype=dtype, device=device)
+    plan = plan_rows(torch.zeros(rows, dtype=torch.int32, device=device), 1)
+    ops.embedding_(y, tokens, a, b, ref.pack_table(entries, device), plan, [8, 8], [0, 8], vocab)
+    for s in range(2):
+        weights = b[s].view(8, -1).cpu()
+        delta = ref.lookup_delta(tokens.cpu(), a[s].cpu(), weights, 1.0)
+        ref.assert_close(f"slice {s}", y.cpu()[:, 8 * s : 8 * s + 8], delta, None)

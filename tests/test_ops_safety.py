@@ -9,7 +9,16 @@ from __future__ import annotations
 import pytest
 import reference as ref
 import torch
-from cases import Guarded, embedding_args, make_dense_case, make_embedding_case, make_moe_case, make_moe_half, ops
+from cases import (
+    Guarded,
+    check_parts,
+    embedding_args,
+    make_dense_case,
+    make_embedding_case,
+    make_moe_case,
+    make_moe_half,
+    ops,
+)
 from test_ops_bad_input import broken
 
 
@@ -197,6 +206,35 @@ def test_every_path_is_reached(device, monkeypatch, forced, rows):
         lookup = make_embedding_case(device, dtype, rows=rows, widths=(256, 64), aligned=True)
         polylora_ops.embedding_(**embedding_args(lookup))
         lookup.check()
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("stride", [0, 1, 7, 2**31 + 1])
+@pytest.mark.parametrize("forced", ["cluster", "wide", "mma"])
+def test_one_row_of_any_stride_takes_the_fast_paths(device, monkeypatch, forced, stride):
+    """Torch reports any stride for a dimension of size 1."""
+    if forced not in paths_of_this_device():
+        pytest.skip(f"no {forced} on this device")
+    monkeypatch.setenv("POLYLORA_PATH", forced)
+    polylora_ops = torch.ops.polylora  # without the tests' way around a refusal
+
+    def strided(t: torch.Tensor) -> torch.Tensor:
+        return t.as_strided(t.shape, (stride, 1))
+
+    case = make_dense_case(device, torch.bfloat16, ids=[0], aligned=True, k=256, widths=(256, 64), ranks=(1,), groups=1)
+    args = case.linear_args()
+    args |= {"x": strided(case.x), "y": strided(case.y.view)}
+    polylora_ops.linear_(**args)
+    case.check()
+    v = strided(torch.zeros((1, args["v_width"]), device=device))
+    case.y.reset()
+    polylora_ops.shrink(v, *(args[name] for name in ("x", "a", "table", "plan")))
+    polylora_ops.expand_(args["y"], v, *(args[name] for name in ("b", "table", "plan", "widths", "cols")))
+    case.check()
+    moe = make_moe_case(device, tokens=1, top_k=1, slots=1, experts=1, slot_ids="one", no_expert=0.0)
+    up = make_moe_half(moe, down=False, k=64, width=64, aligned=True)
+    polylora_ops.moe_gate_up_(strided(up.y.view), strided(up.x), **up.args(), plan=moe.plan, top_k=1)
+    check_parts(up.parts, up.y.view)
 
 
 @pytest.mark.cuda_only

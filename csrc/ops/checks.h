@@ -40,8 +40,9 @@ class Checker {
   /// lo <= value <= hi.
   void range(const char* arg, int64_t value, int64_t lo, int64_t hi) const;
 
-  /// Row pitch of a checked matrix. Of a matrix of one row torch may report any stride; it is never used.
-  static int64_t pitch(const Tensor& t) { return t.stride(0); }
+  /// Row pitch of a checked matrix. Of a matrix of one row torch may report any stride, which is never used; it becomes
+  /// one that fast paths take.
+  static int64_t pitch(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : (t.size(1) + 7) / 8 * 8; }
 
  private:
   void device(const char* arg, const Tensor& t) const;

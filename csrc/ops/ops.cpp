@@ -354,15 +354,16 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   set_y(p.lora, y);
   // rank rows over the vocabulary, or token rows over the rank: the columns of A are checked accordingly
   p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, token_major ? kAny : vocab, y.dtype());
+  const Tensor* apart = nullptr;  // the first of more than a row: the others' strides mean nothing
   for (const Tensor& t : a) {
     if (token_major && vocab > t.size(0)) {
       check.fail("vocab", "at most the " + std::to_string(t.size(0)) + " tokens of a", std::to_string(vocab));
     }
-    if (t.size(0) > 1 && Checker::pitch(t) != Checker::pitch(a[0])) {
-      check.fail("a", "tensors of one row stride", describe(t));
-    }
+    if (t.size(0) <= 1) continue;
+    if (apart == nullptr) apart = &t;
+    if (Checker::pitch(t) != Checker::pitch(*apart)) check.fail("a", "tensors of one row stride", describe(t));
   }
-  const int64_t pitch = Checker::pitch(a[0]);
+  const int64_t pitch = Checker::pitch(apart != nullptr ? *apart : a[0]);
   p.token_major = token_major;
   p.token_stride = token_major ? pitch : 1;
   p.rank_stride = token_major ? 1 : pitch;
