@@ -60,6 +60,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_packages("python"),
+    py_modules=["polylora_cli"],
     package_dir={"": "python"},
     package_data={"polylora.fixtures": ["*.json", "*.md", "*.txt", "*/*.json", "*/*.safetensors", "*/adapters/*/*"]},
     ext_modules=[Extension("polylora._host", sources=[])],

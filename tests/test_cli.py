@@ -61,6 +61,36 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"polylora {polylora.__version__}\n"
 
 
+def python(*argv: str) -> subprocess.CompletedProcess:
+    """A Python of its own, which finds the package where this one did."""
+    source = str(Path(polylora.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.mark.parametrize("argv", ["--help", "--version", "demo --help", "info --help", "check --help", "serve", ""])
+def test_what_the_arguments_alone_answer_does_not_wait_for_torch(argv):
+    program = f"""if True:
+        import sys
+        import polylora_cli
+        try:
+            polylora_cli.main({argv.split()})
+        except SystemExit as done:
+            print("code", done.code, "torch" in sys.modules, "polylora" in sys.modules)
+    """
+    done = python("-c", program)
+    code = 0 if "--" in argv else 2
+    assert done.stdout.splitlines()[-1:] == [f"code {code} False False"], done.stdout + done.stderr
+
+
+def test_the_installed_command_is_the_one_that_does_not_wait():
+    project = Path(polylora.__file__).parents[2] / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("not a source checkout")
+    text = project.read_text()
+    assert 'polylora = "polylora_cli:main"' in text and f'version = "{polylora.__version__}"' in text
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--help"])
@@ -160,10 +190,6 @@ def test_check_refuses_what_it_cannot_read(capsys, tmp_path):
 
 
 def test_the_module_runs_as_a_program():
-    source = str(Path(polylora.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(
-        [sys.executable, "-m", "polylora", "info"], capture_output=True, text=True, env=env, timeout=120
-    )
+    done = python("-m", "polylora", "info")
     assert done.returncode == 0, done.stderr
     assert "polylora" in done.stdout

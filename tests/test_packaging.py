@@ -24,6 +24,7 @@ NEEDED = [
     "pyproject.toml",
     "python/polylora/fixtures/held_out.txt",
     "python/polylora/table.py",
+    "python/polylora_cli.py",
     "setup.py",
     "tests/conftest.py",
     "tools/setup_env.py",

@@ -2,6 +2,6 @@
 
 import sys
 
-from polylora.cli import main
+from polylora_cli import main
 
 sys.exit(main())

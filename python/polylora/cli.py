@@ -1,79 +1,17 @@
-"""The ``polylora`` command. Results go to stdout, progress and refusals to stderr.
-
-Exit codes: 0 done, 1 the answer is no (an adapter refused, a bound missed), 2 the question makes no sense here (wrong
-arguments, missing folder, no such device), 3 the command needs a GPU and cannot use one here.
-"""
+"""What the commands of ``polylora`` do. Their arguments and exit codes: :mod:`polylora_cli`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, NO, USAGE, NO_GPU = 0, 1, 2, 3
-
-
-class _Version(argparse.Action):
-    """Looks the version up when asked: parsing alone must not load torch."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        import polylora
-
-        print(f"polylora {polylora.__version__}")
-        parser.exit()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. ``argv`` without the program's name; the process's own when None."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-
-
-def _parser() -> argparse.ArgumentParser:
-    from polylora.bench.command import add_bench  # which takes the exit codes from here
-
-    parser = argparse.ArgumentParser(prog="polylora", description="Multi-LoRA kernels: every row its own adapter.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="run real adapters in one batch and hold each row against PEFT")
-    demo.add_argument("--model", choices=("qwen", "nemotron", "both"), default="both")
-    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    demo.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    demo.add_argument("--tokens", type=_positive, metavar="N", help="tokens to generate a row (default 64)")
-    demo.add_argument("--json", metavar="FILE", help="write all numbers there ('-': to stdout instead of the tables)")
-    demo.set_defaults(run=_demo)
-
-    info = commands.add_parser("info", help="versions, devices, ops, and whether the CUDA kernels are in")
-    info.add_argument("--json", action="store_true", help="as JSON")
-    info.set_defaults(run=_info)
-
-    check = commands.add_parser("check", help="say whether an adapter can be served on a model; needs no weights")
-    check.add_argument("adapter", metavar="ADAPTER_DIR", help="PEFT folder")
-    check.add_argument("--model", required=True, metavar="MODEL_DIR", help="folder with the model's config.json")
-    check.add_argument("--json", action="store_true", help="as JSON")
-    check.set_defaults(run=_check)
-
-    bench = commands.add_parser("bench", help="measure the ops on a GPU, beside other LoRA kernels where installed")
-    add_bench(bench.add_subparsers(required=True, metavar="WHAT"))
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+from polylora_cli import DONE, NO, USAGE
+from polylora_cli import main as main
 
 
 def refuse(text: str) -> int:
@@ -84,7 +22,7 @@ def refuse(text: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- demo
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def run_demo(arguments: argparse.Namespace) -> int:
     import torch
 
     import polylora
@@ -128,7 +66,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------- info
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def run_info(arguments: argparse.Namespace) -> int:
     values = _collect_info()
     if arguments.json:
         print(json.dumps(values, indent=1))
@@ -178,7 +116,7 @@ def _collect_info() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ check
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def run_check(arguments: argparse.Namespace) -> int:
     from polylora.adapters import AdapterError, load_adapter
     from polylora.engines.base_weights import saved_base_weights
     from polylora.models import UnknownModelError, model_table
@@ -268,7 +206,3 @@ def _check_report(result: dict[str, Any]) -> str:
         )
         lines += [f"  {key}" for key in saved]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""``polylora bench``: arguments, refusals and exit codes of its commands, which are those of :mod:`polylora.cli`."""
+"""``polylora bench``: arguments, refusals and exit codes of its commands, which are those of :mod:`polylora_cli`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polylora.cli import DONE, NO, NO_GPU, USAGE
+from polylora_cli import DONE, NO, NO_GPU, USAGE
 
 if TYPE_CHECKING:
     from polylora.bench.peers import Implementation
