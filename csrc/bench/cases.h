@@ -97,11 +97,12 @@ inline bool is_lm_head(const Case& c) {
 enum class Regime { kSmall, kDecode, kPrefill, kLmHead };
 inline constexpr const char* kRegimeNames[] = {"M <= 32", "M 64-256", "prefill", "lm_head"};
 
-inline Regime regime_of(const Case& c) {
-  if (is_lm_head(c)) return Regime::kLmHead;
-  if (c.rows <= 32) return Regime::kSmall;
-  return c.rows <= kDecodeRows ? Regime::kDecode : Regime::kPrefill;
+inline Regime regime_of_rows(int64_t rows) {
+  if (rows <= 32) return Regime::kSmall;
+  return rows <= kDecodeRows ? Regime::kDecode : Regime::kPrefill;
 }
+
+inline Regime regime_of(const Case& c) { return is_lm_head(c) ? Regime::kLmHead : regime_of_rows(c.rows); }
 
 /// Bytes of adapter weights that a call of `op` needs, each once. A looked up by token id costs what memory moves for
 /// it: a 32-byte sector an element where A is [rank, vocab], the sectors of one row of A where it is [vocab, rank].

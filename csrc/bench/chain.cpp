@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "rotation.h"
-#include "stats.h"
 
 namespace polylora::bench {
 namespace {
@@ -59,7 +58,7 @@ Verdict Chain::verify_chain(const Implementation& run, cudaStream_t stream) cons
   return verdict;
 }
 
-ChainTiming Chain::time(const Implementation& run, const TimingOptions& options, cudaStream_t stream) const {
+AddedTiming Chain::time(const Implementation& run, const TimingOptions& options, cudaStream_t stream) const {
   const int64_t calls = (kMinCalls + bases_ - 1) / bases_ * bases_;
   const Graph with(
       [&](int64_t i, cudaStream_t s) {
@@ -68,14 +67,7 @@ ChainTiming Chain::time(const Implementation& run, const TimingOptions& options,
       },
       calls, stream);
   const Graph without([&](int64_t i, cudaStream_t) { enqueue_base(i); }, calls, stream);
-  const PairedTiming pairs = time_in_turn(with, without, options, stream);
-  std::vector<double> base;
-  std::vector<double> added;
-  for (size_t i = 0; i < pairs.first.size(); ++i) {
-    base.push_back(pairs.second[i] / static_cast<double>(calls));
-    added.push_back((pairs.first[i] - pairs.second[i]) / static_cast<double>(calls));
-  }
-  return {median(base), median(added), smallest(added), largest(added), calls, static_cast<int64_t>(added.size())};
+  return time_added(with, without, options, stream);
 }
 
 }  // namespace polylora::bench

@@ -10,16 +10,6 @@
 
 namespace polylora::bench {
 
-/// us a call.
-struct ChainTiming {
-  double base = 0;       // a GEMM
-  double added = 0;      // median over the replays of (with - without)
-  double added_min = 0;  //
-  double added_max = 0;  //
-  int64_t calls = 0;     // of a graph
-  int64_t replays = 0;   //
-};
-
 class Chain {
  public:
   Chain(const Problem& problem, const Cublas& cublas, const Device& device, cudaStream_t stream);
@@ -27,7 +17,7 @@ class Chain {
   /// Two pairs in a graph; the last pair's y against the GEMM's alone + delta.
   Verdict verify_chain(const Implementation& run, cudaStream_t stream) const;
 
-  ChainTiming time(const Implementation& run, const TimingOptions& options, cudaStream_t stream) const;
+  AddedTiming time(const Implementation& run, const TimingOptions& options, cudaStream_t stream) const;
 
  private:
   void enqueue_base(int64_t call) const;

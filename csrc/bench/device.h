@@ -83,6 +83,14 @@ DeviceBuffer upload(const std::vector<T>& values, const std::string& what) {
   return buffer;
 }
 
+/// Device to host, done when it returns.
+template <typename T>
+std::vector<T> download(const void* from, int64_t count, const std::string& what) {
+  std::vector<T> values(static_cast<size_t>(count));
+  check(cudaMemcpy(values.data(), from, values.size() * sizeof(T), cudaMemcpyDeviceToHost), what);
+  return values;
+}
+
 class Stream {
  public:
   Stream();

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "naive.cuh"
 #include "naive.h"
 
 namespace polylora::bench {
@@ -13,17 +14,12 @@ constexpr int kWarps = kThreads / 32;
 
 struct NaiveArgs {
   LoraParams lora;
-  const int32_t* row_adapter;  // [rows]; the plan is not read
+  const int32_t* row_adapter;  // [rows] the group of each; the plan is not read
   const int32_t* token_ids;    // [rows]; null: x is multiplied
   int64_t token_stride;        //
   int64_t rank_stride;         //
   int64_t v_pitch;             //
 };
-
-template <typename T>
-__device__ float widen(T value) {
-  return static_cast<float>(value);
-}
 
 // A warp takes one (row, column of v); columns that no slice of the row's adapter has are left alone.
 template <typename T, typename Sum>
@@ -43,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) naive_shrink(const NaiveArgs args, S
     if (args.token_ids) {
       sum = widen(a[args.token_ids[row] * args.token_stride + j * args.rank_stride]);
     } else {
-      const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+      const T* x = static_cast<const T*>(p.x) + x_row(p, row) * p.x_stride;
       a += j * p.slices.a_stride[s];
       for (int64_t k = lane; k < p.k; k += 32) sum += static_cast<Sum>(widen(x[k])) * static_cast<Sum>(widen(a[k]));
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -64,12 +60,7 @@ __global__ void __launch_bounds__(kThreads) naive_expand(const NaiveArgs args, c
   const int64_t column = n;
   int s = 0;
   while (n >= p.slices.width[s]) n -= p.slices.width[s++];
-  const SliceEntry entry = p.slices.table[int64_t{adapter} * p.slices.count + s];
-  const T* b = static_cast<const T*>(p.slices.b[s]) + entry.b_offset + n * entry.b_stride;
-  const V* v_row = v + row * args.v_pitch + entry.v_col;
-  Sum sum = 0;
-  for (int j = 0; j < entry.rank; ++j) sum += static_cast<Sum>(v_row[j]) * static_cast<Sum>(widen(b[j]));
-  sum *= static_cast<Sum>(entry.scale);
+  const Sum sum = expanded<T, V, Sum>(p.slices, adapter, s, n, v + row * args.v_pitch);
   if (delta) {
     delta[row * width + column] += static_cast<float>(sum);
   } else {
@@ -104,11 +95,9 @@ void with_element(DType dtype, Launch&& launch) {
 }
 
 template <typename Sum>
-cudaError_t launch_shrink(const Problem& problem, int64_t call, Sum* v, cudaStream_t stream) {
-  const NaiveArgs args = arguments(problem, call);
-  const dim3 grid(static_cast<unsigned>(problem.shape().rows),
-                  static_cast<unsigned>((problem.v_width() + kWarps - 1) / kWarps));
-  with_element(problem.dtype(),
+cudaError_t launch_shrink(const NaiveArgs& args, Sum* v, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(args.lora.rows), static_cast<unsigned>((args.v_pitch + kWarps - 1) / kWarps));
+  with_element(args.lora.dtype,
                [&](auto element) { naive_shrink<decltype(element)><<<grid, kThreads, 0, stream>>>(args, v); });
   return cudaGetLastError();
 }
@@ -128,7 +117,15 @@ cudaError_t launch_expand(const Problem& problem, int64_t call, const V* v, floa
 }  // namespace
 
 void reference_shrink(const Problem& problem, int64_t call, double* v, cudaStream_t stream) {
-  check(launch_shrink(problem, call, v, stream), "reference shrink");
+  check(launch_shrink(arguments(problem, call), v, stream), "reference shrink");
+}
+
+void reference_shrink(const LoraParams& lora, const int32_t* row_group, double* v, cudaStream_t stream) {
+  NaiveArgs args{};
+  args.lora = lora;
+  args.row_adapter = row_group;
+  args.v_pitch = lora.v_width;
+  check(launch_shrink(args, v, stream), "reference shrink");
 }
 
 void reference_expand(const Problem& problem, int64_t call, const double* v, float* delta, cudaStream_t stream) {
@@ -145,7 +142,7 @@ NaiveBaseline::NaiveBaseline(const Problem& problem)
       v_(problem.shape().rows * problem.v_width() * static_cast<int64_t>(sizeof(float)), "v of the naive baseline") {}
 
 cudaError_t NaiveBaseline::run(int64_t call, cudaStream_t stream) const {
-  const cudaError_t error = launch_shrink(problem_, call, v_.as<float>(), stream);
+  const cudaError_t error = launch_shrink(arguments(problem_, call), v_.as<float>(), stream);
   if (error != cudaSuccess) return error;
   return launch_expand<float>(problem_, call, static_cast<const float*>(v_.as<float>()), nullptr, stream);
 }

@@ -12,6 +12,9 @@ namespace polylora::bench {
 /// keep their values.
 void reference_shrink(const Problem& problem, int64_t call, double* v, cudaStream_t stream);
 
+/// The same of any rows: `row_group` [rows] is the group of each, v has a pitch of lora.v_width.
+void reference_shrink(const LoraParams& lora, const int32_t* row_group, double* v, cudaStream_t stream);
+
 /// delta += scale * v B^T, [rows, width]; v as above.
 void reference_expand(const Problem& problem, int64_t call, const double* v, float* delta, cudaStream_t stream);
 

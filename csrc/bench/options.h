@@ -5,28 +5,19 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cases.h"
 #include "stats.h"
 
 namespace polylora::bench {
 
-struct Options {
+struct Options : CommonOptions {
   Op op = Op::kLinear;
-  std::string preset;                  // empty: quick, or chain with --chain, unless there are explicit cases
-  std::vector<std::string> filters;    // a case runs when its name contains any of them
-  std::vector<std::string> cases;      // explicit ones, as text until the op is known
-  std::vector<std::string> paths;      // values of POLYLORA_PATH; empty: the environment's
   std::vector<std::string> baselines;  // naive, cutlass
   std::string cublas;                  // library to load; empty: the usual names
   bool fp16 = false;                   // else bf16
   bool idle = false;
   bool chain = false;
-  bool json = false;
-  bool calibrate = true;
-  bool list = false;
-  bool help = false;
-  int reps = 15;
-  double min_ms = 20;
 };
 
 inline std::string usage(const std::string& program, bool embedding) {
@@ -64,97 +55,37 @@ against what
   --cublas FILE                   the cuBLAS to load (default: libcublas.so.13, .so.12, .so)
 )";
   }
-  text += R"(
-how
-  --reps N                        replays at least, default 15
-  --min-ms MS                     time measured at least, a case, default 20
-  --no-calibrate                  take the documented H100 for the floor, measure nothing of this device
-  --json                          JSON lines instead of tables
-  --help
-
-exit codes: 0 all right; 1 a result was wrong or a call failed; 2 bad usage; 3 no GPU
-)";
+  text += kCommonUsage;
   return text;
 }
 
-/// `arguments` without the program's name. Throws UsageError.
-inline Options parse_options(const std::vector<std::string>& arguments, bool embedding) {
+/// `words` without the program's name. Throws UsageError.
+inline Options parse_options(const std::vector<std::string>& words, bool embedding) {
+  using Names = std::vector<std::string>;
+  const Names presets = embedding ? Names{"quick", "issue", "full"} : Names{"quick", "issue", "chain", "full"};
   Options options;
   if (embedding) options.op = Op::kEmbedding;
-  size_t at = 0;
-  std::string flag;
-  std::string inline_value;
-  bool has_inline_value = false;
-  const auto value = [&]() -> std::string {
-    if (has_inline_value) {
-      has_inline_value = false;
-      return inline_value;
-    }
-    if (at == arguments.size()) throw UsageError(flag + " needs a value");
-    return arguments[at++];
-  };
-  const auto one_of = [&](const std::string& text, const std::vector<std::string>& known) {
-    std::string list;
-    for (const std::string& name : known) {
-      if (text == name) return text;
-      list += (list.empty() ? "" : ", ") + name;
-    }
-    throw UsageError(flag + " must be one of " + list + ", got '" + text + "'");
-  };
-  while (at < arguments.size()) {
-    flag = arguments[at++];
-    const size_t equals = flag.find('=');
-    has_inline_value = flag.rfind("--", 0) == 0 && equals != std::string::npos;
-    if (has_inline_value) {
-      inline_value = flag.substr(equals + 1);
-      flag.resize(equals);
-    }
-    if (flag == "--help" || flag == "-h") {
-      options.help = true;
-    } else if (flag == "--op" && !embedding) {
-      const std::string name = one_of(value(), {"linear", "shrink", "expand", "plan"});
+  Arguments arguments(words);
+  while (arguments.next()) {
+    if (take_common(arguments, presets, options)) continue;
+    if (arguments.is("--op") && !embedding) {
+      const std::string name = arguments.one_of({"linear", "shrink", "expand", "plan"});
       for (const Op op : {Op::kLinear, Op::kShrink, Op::kExpand, Op::kPlan}) {
         if (name == op_name(op)) options.op = op;
       }
-    } else if (flag == "--preset") {
-      options.preset = embedding ? one_of(value(), {"quick", "issue", "full"})
-                                 : one_of(value(), {"quick", "issue", "chain", "full"});
-    } else if (flag == "--case") {
-      options.cases.push_back(value());
-    } else if (flag == "--filter") {
-      options.filters.push_back(value());
-    } else if (flag == "--path") {
-      options.paths.push_back(one_of(value(), {"auto", "cluster", "wide", "mma", "general"}));
-    } else if (flag == "--baseline") {
-      options.baselines.push_back(one_of(
-          value(), embedding ? std::vector<std::string>{"naive"} : std::vector<std::string>{"naive", "cutlass"}));
-    } else if (flag == "--dtype") {
-      options.fp16 = one_of(value(), {"bf16", "fp16"}) == "fp16";
-    } else if (flag == "--cublas" && !embedding) {
-      options.cublas = value();
-    } else if (flag == "--chain" && !embedding) {
+    } else if (arguments.is("--baseline")) {
+      options.baselines.push_back(arguments.one_of(embedding ? Names{"naive"} : Names{"naive", "cutlass"}));
+    } else if (arguments.is("--dtype")) {
+      options.fp16 = arguments.one_of({"bf16", "fp16"}) == "fp16";
+    } else if (arguments.is("--cublas") && !embedding) {
+      options.cublas = arguments.value();
+    } else if (arguments.is("--chain") && !embedding) {
       options.chain = true;
-    } else if (flag == "--idle") {
+    } else if (arguments.is("--idle")) {
       options.idle = true;
-    } else if (flag == "--json") {
-      options.json = true;
-    } else if (flag == "--no-calibrate") {
-      options.calibrate = false;
-    } else if (flag == "--list") {
-      options.list = true;
-    } else if (flag == "--reps") {
-      options.reps = static_cast<int>(parse_integer(value(), flag, 1, 100000));
-    } else if (flag == "--min-ms") {
-      const std::string text = value();
-      char* end = nullptr;
-      options.min_ms = std::strtod(text.c_str(), &end);
-      if (text.empty() || *end != '\0' || !(options.min_ms >= 0 && options.min_ms <= 1e6)) {
-        throw UsageError("--min-ms must be a number from 0 to 1000000, got '" + text + "'");
-      }
     } else {
-      throw UsageError("unknown option '" + flag + "' (--help lists them)");
+      throw UsageError("unknown option '" + arguments.flag() + "' (--help lists them)");
     }
-    if (has_inline_value) throw UsageError(flag + " takes no value");
   }
   if (options.chain && options.op != Op::kLinear && options.op != Op::kExpand) {
     throw UsageError("--chain is for --op linear and --op expand");
@@ -181,15 +112,8 @@ inline std::vector<Case> select_cases(const Options& options) {
     const std::string preset = !options.preset.empty() ? options.preset : options.chain ? "chain" : "quick";
     for (const Case& c : preset_cases(preset, options.op)) cases.push_back(c);
   }
-  std::vector<Case> selected;
-  for (Case& c : cases) {
-    c.idle = options.idle;
-    bool kept = options.filters.empty();
-    for (const std::string& filter : options.filters) kept = kept || c.name().find(filter) != std::string::npos;
-    if (kept) selected.push_back(c);
-  }
-  if (selected.empty()) throw UsageError("no case is left: --list without --filter names them all");
-  return selected;
+  for (Case& c : cases) c.idle = options.idle;
+  return filtered(cases, options.filters);
 }
 
 }  // namespace polylora::bench

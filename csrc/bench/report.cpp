@@ -1,48 +1,12 @@
 #include "report.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <type_traits>
 
+#include "json.h"
 #include "stats.h"
 
 namespace polylora::bench {
 namespace {
-
-void print(const std::string& line) {
-  std::printf("%s\n", line.c_str());
-  std::fflush(stdout);
-}
-
-std::string version(int cuda) { return format("%d.%d", cuda / 1000, cuda % 1000 / 10); }
-
-std::string quoted(const std::string& text) {
-  std::string result = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      result += '\\';
-      result += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      result += format("\\u%04x", c);
-    } else {
-      result += c;
-    }
-  }
-  return result + "\"";
-}
-
-template <typename T>
-std::string json_list(const std::vector<T>& values) {
-  std::string text = "[";
-  for (size_t i = 0; i < values.size(); ++i) {
-    if constexpr (std::is_integral_v<T>) {
-      text += format("%s%lld", i ? ", " : "", static_cast<long long>(values[i]));
-    } else {
-      text += format("%s%.5g", i ? ", " : "", static_cast<double>(values[i]));
-    }
-  }
-  return text + "]";
-}
 
 std::string case_json(const Case& c, const Options& options) {
   std::string text = format("\"case\": %s, \"op\": \"%s\", \"dtype\": \"%s\", \"k\": %lld, \"n\": %s, \"ranks\": %s, ",
@@ -60,42 +24,7 @@ std::string case_json(const Case& c, const Options& options) {
 }  // namespace
 
 Report::Report(const Options& options, const Device& device)
-    : options_(options), device_(device), limits_(h100_limits()), h100_(h100_limits()) {}
-
-void Report::print_device() const {
-  if (options_.json) return;  // every line names it
-  print(format("%s, %d SMs, compute capability %d.%d, %.0f MB L2; CUDA runtime %s, driver %s", device_.name.c_str(),
-               device_.sms, device_.major, device_.minor, static_cast<double>(device_.l2_bytes) / kMiB,
-               version(device_.runtime).c_str(), version(device_.driver).c_str()));
-}
-
-void Report::print_calibration(const Calibration& calibration) {
-  const DeviceLimits& limits = calibration.limits;
-  set_limits(limits);
-  if (options_.json) {
-    print(
-        format("{\"kind\": \"calibration\", \"device\": %s, \"sms\": %d, \"l2_bytes\": %lld, \"node_us\": %.3f, "
-               "\"node_pdl_us\": %.3f, \"mib\": %s, \"read_cold_us\": %s, \"read_hot_us\": %s, "
-               "\"write_cold_us\": %s, \"write_hot_us\": %s, \"read_tbps\": %.3f, \"write_tbps\": %.3f}",
-               quoted(device_.name).c_str(), device_.sms, static_cast<long long>(device_.l2_bytes), limits.node_us,
-               limits.node_pdl_us, json_list(limits.mib).c_str(), json_list(limits.read_cold_us).c_str(),
-               json_list(limits.read_hot_us).c_str(), json_list(limits.write_cold_us).c_str(),
-               json_list(limits.write_hot_us).c_str(), limits.read_tbps, limits.write_tbps));
-    return;
-  }
-  print("\nempty kernel as a graph node, us      plain     PDL");
-  for (const EmptyKernel& empty : calibration.empty) {
-    const std::string pdl = empty.pdl_us > 0 ? format("%.2f", empty.pdl_us) : "-";
-    print(format("  %d blocks %31.2f %7s", empty.blocks, empty.plain_us, pdl.c_str()));
-  }
-  print("\nbytes in one kernel, us   read cold  read hot  in place cold  in place hot");
-  for (size_t i = 0; i < limits.mib.size(); ++i) {
-    print(format("  %7.3f MB %23.2f %9.2f %14.2f %13.2f", limits.mib[i], limits.read_cold_us[i], limits.read_hot_us[i],
-                 limits.write_cold_us[i], limits.write_hot_us[i]));
-  }
-  print(
-      format("  largest: read %.2f TB/s, in place %.2f TB/s counting both ways", limits.read_tbps, limits.write_tbps));
-}
+    : DeviceReport(device, options.json), options_(options), h100_(h100_limits()) {}
 
 void Report::begin(const std::vector<Case>& cases, const std::vector<std::string>& paths) {
   if (options_.json) return;
@@ -115,14 +44,14 @@ void Report::begin(const std::vector<Case>& cases, const std::vector<std::string
 
 void Report::add(const Row& row) {
   const Traffic traffic = traffic_of(row.shape, options_.op);
-  const double floor = floor_us(limits_, traffic);
+  const double floor = floor_us(limits(), traffic);
   const double floor_h100 = floor_us(h100_, traffic);
   const double ratio = row.timing.median / floor;
   const double ratio_h100 = row.timing.median / floor_h100;
   if (row.timing.median > 0) measured_.push_back({regime_of(row.shape), row.path, ratio, ratio_h100});
   if (options_.json) {
     std::string text =
-        format("{\"kind\": \"%s\", \"device\": %s, ", options_.chain ? "chain" : "case", quoted(device_.name).c_str());
+        format("{\"kind\": \"%s\", \"device\": %s, ", options_.chain ? "chain" : "case", quoted(device().name).c_str());
     text += case_json(row.shape, options_) + format(", \"path\": %s, ", quoted(row.path).c_str());
     if (options_.chain) text += format("\"base_us\": %.4f, ", row.base_us);
     text += format("\"us\": %.4f, \"us_min\": %.4f, \"us_max\": %.4f, \"calls\": %lld, \"replays\": %lld, ",
@@ -143,8 +72,8 @@ void Report::add(const Row& row) {
 
 void Report::add_not_served(const Case& c, const std::string& path) const {
   if (options_.json) {
-    print(format("{\"kind\": \"not_served\", \"device\": %s, ", quoted(device_.name).c_str()) + case_json(c, options_) +
-          format(", \"path\": %s}", quoted(path).c_str()));
+    print(format("{\"kind\": \"not_served\", \"device\": %s, ", quoted(device().name).c_str()) +
+          case_json(c, options_) + format(", \"path\": %s}", quoted(path).c_str()));
   } else {
     print(format("%-*s  %-*s  not served", name_width_, c.name().c_str(), path_width_, path.c_str()));
   }
@@ -152,7 +81,7 @@ void Report::add_not_served(const Case& c, const std::string& path) const {
 
 void Report::add_too_large(const Case& c, const std::string& path) const {
   if (options_.json) {
-    print(format("{\"kind\": \"too_large\", \"device\": %s, ", quoted(device_.name).c_str()) + case_json(c, options_) +
+    print(format("{\"kind\": \"too_large\", \"device\": %s, ", quoted(device().name).c_str()) + case_json(c, options_) +
           format(", \"path\": %s}", quoted(path).c_str()));
   } else {
     print(format("%-*s  %-*s  left out: it does not fit the device's memory", name_width_, c.name().c_str(),
@@ -162,7 +91,7 @@ void Report::add_too_large(const Case& c, const std::string& path) const {
 
 void Report::add_failure(const Case& c, const std::string& path, const std::string& why) const {
   if (options_.json) {
-    print(format("{\"kind\": \"failure\", \"device\": %s, ", quoted(device_.name).c_str()) + case_json(c, options_) +
+    print(format("{\"kind\": \"failure\", \"device\": %s, ", quoted(device().name).c_str()) + case_json(c, options_) +
           format(", \"path\": %s, \"failure\": %s}", quoted(path).c_str(), quoted(why).c_str()));
   } else {
     print(format("%-*s  %-*s  FAILED: ", name_width_, c.name().c_str(), path_width_, path.c_str()) + why);
@@ -178,7 +107,7 @@ void Report::end() const {
   for (const std::string& path : paths) {
     std::string line = format("  %-*s", path_width_, path.c_str());
     std::string json = format("{\"kind\": \"summary\", \"device\": %s, \"op\": \"%s\", \"path\": %s",
-                              quoted(device_.name).c_str(), op_name(options_.op), quoted(path).c_str());
+                              quoted(device().name).c_str(), op_name(options_.op), quoted(path).c_str());
     for (const Regime regime : {Regime::kSmall, Regime::kDecode, Regime::kPrefill, Regime::kLmHead}) {
       std::vector<double> ratios;
       std::vector<double> ratios_h100;

@@ -4,9 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "calibrate.h"
 #include "cases.h"
-#include "chain.h"
+#include "device_report.h"
 #include "options.h"
 #include "timing.h"
 
@@ -22,14 +21,10 @@ struct Row {
   bool cold = true;  // false: too few weight sets to keep them cold
 };
 
-class Report {
+class Report : public DeviceReport {
  public:
-  /// `limits`: of this device, or the documented ones where it was not calibrated.
   Report(const Options& options, const Device& device);
 
-  void print_device() const;
-  void print_calibration(const Calibration& calibration);
-  void set_limits(const DeviceLimits& limits) { limits_ = limits; }
   void begin(const std::vector<Case>& cases, const std::vector<std::string>& paths);
   void add(const Row& row);
   void add_not_served(const Case& c, const std::string& path) const;
@@ -49,8 +44,6 @@ class Report {
   };
 
   Options options_;
-  Device device_;
-  DeviceLimits limits_;
   DeviceLimits h100_;
   int name_width_ = 4;
   int path_width_ = 4;

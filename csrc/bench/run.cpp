@@ -1,12 +1,11 @@
 #include "run.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <exception>
 #include <memory>
 
 #include "chain.h"
-#include "cutlass_grouped.h"
+#include "grouped_baseline.h"
+#include "guard.h"
 #include "naive.h"
 #include "options.h"
 #include "report.h"
@@ -15,24 +14,10 @@
 namespace polylora::bench {
 namespace {
 
-constexpr const char* kPathVariable = "POLYLORA_PATH";
-
-// The library reads the variable at every call; a replay runs what was captured.
-void set_path(const std::string& path) {
-  if (path == "auto") {
-    unsetenv(kPathVariable);
-  } else {
-    setenv(kPathVariable, path.c_str(), 1);
-  }
-}
-
 class Runner {
  public:
-  Runner(const Options& options, const Device& device) : options_(options), device_(device), report_(options, device) {
-    paths_ = options.paths;
-    const char* set = std::getenv(kPathVariable);
-    if (paths_.empty()) paths_.push_back(set && *set ? set : "auto");
-  }
+  Runner(const Options& options, const Device& device)
+      : options_(options), device_(device), report_(options, device), paths_(paths_or_default(options.paths)) {}
 
   int run(const std::vector<Case>& cases) {
     report_.print_device();
@@ -76,9 +61,12 @@ class Runner {
       options.equal_scales = name == "cutlass";
       Problem problem(c, options_.op, options, device_, stream_);
       if (name == "cutlass") {
-        const std::unique_ptr<CutlassBaseline> cutlass = make_cutlass_baseline(problem);
-        if (!cutlass) return report_.add_not_served(c, name);
-        measure(problem, name, [&](int64_t call, cudaStream_t stream) { return cutlass->run(call, stream); });
+        if (!GroupedBaseline::serves(problem)) return report_.add_not_served(c, name);
+        const GroupedBaseline cutlass(problem);
+        measure(problem, name, [&](int64_t call, cudaStream_t stream) {
+          cutlass.run(call, stream);
+          return cudaSuccess;
+        });
       } else {
         const NaiveBaseline naive(problem);
         measure(problem, name, [&](int64_t call, cudaStream_t stream) { return naive.run(call, stream); });
@@ -86,23 +74,15 @@ class Runner {
     });
   }
 
-  // What one case cannot do ends that case; a CUDA error that stays with the context ends the run.
   template <typename Body>
   void guarded(const Case& c, const std::string& path, Body&& body) {
-    try {
-      body();
-    } catch (const CudaError& error) {
-      if (error.code == cudaErrorNotSupported) return report_.add_not_served(c, path);
-      if (error.code == cudaErrorMemoryAllocation) {
-        cudaGetLastError();
-        return report_.add_too_large(c, path);
-      }
-      all_right_ = false;
-      const bool forced = path != "auto" && error.code == cudaErrorInvalidValue;
-      report_.add_failure(c, path, std::string(error.what()) + (forced ? "; is there such a path?" : ""));
-      cudaGetLastError();
-      if (cudaDeviceSynchronize() != cudaSuccess) throw;
-    }
+    const Ending ending = run_guarded(path, body);
+    if (ending.how == Ending::kNotServed) report_.add_not_served(c, path);
+    if (ending.how == Ending::kTooLarge) report_.add_too_large(c, path);
+    if (ending.how != Ending::kFailed) return;
+    all_right_ = false;
+    report_.add_failure(c, path, ending.why);
+    check_context();
   }
 
   void measure(Problem& problem, const std::string& path, const Implementation& run) {
@@ -125,9 +105,9 @@ class Runner {
     row.error = verdict.error;
     row.cold = problem.cold();
     if (chain) {
-      const ChainTiming t = chain->time(run, timing, stream_);
+      const AddedTiming t = chain->time(run, timing, stream_);
       row.base_us = t.base;
-      row.timing = {t.added, t.added_min, t.added_max, t.calls, t.replays};
+      row.timing = t.added;
     } else {
       const auto call = [&](int64_t i, cudaStream_t stream) { check(run(i, stream), "call of " + c.name()); };
       row.timing = time_calls(call, problem.period(), timing, stream_);
@@ -148,7 +128,7 @@ class Runner {
 
 int bench_main(int argc, char** argv, bool embedding) {
   const std::string program = embedding ? "bench_embedding" : "bench_linear";
-  try {
+  return guarded_main(program, [&] {
     const Options options = parse_options(std::vector<std::string>(argv + 1, argv + argc), embedding);
     if (options.help) {
       std::printf("%s", usage(program, embedding).c_str());
@@ -159,20 +139,8 @@ int bench_main(int argc, char** argv, bool embedding) {
       Report::list(options, cases);
       return kExitOk;
     }
-    Device device;
-    std::string why_not;
-    if (!find_device(&device, &why_not)) {
-      std::fprintf(stderr, "%s: no GPU: %s\n", program.c_str(), why_not.c_str());
-      return kExitNoGpu;
-    }
-    return Runner(options, device).run(cases);
-  } catch (const UsageError& error) {
-    std::fprintf(stderr, "%s: %s\n", program.c_str(), error.what());
-    return kExitUsage;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s: %s\n", program.c_str(), error.what());
-    return kExitFailed;
-  }
+    return Runner(options, device_or_throw()).run(cases);
+  });
 }
 
 }  // namespace polylora::bench

@@ -57,6 +57,23 @@ int64_t replays_for(const TimingOptions& options, double us) {
   return static_cast<int64_t>(std::max<double>(options.reps, std::min(wanted, kMaxReplays)));
 }
 
+// A graph long enough to be timed, of whole periods. The call has run before: kernels are loaded at their first call,
+// and not during a capture.
+Graph long_graph(const Call& call, int64_t period, cudaStream_t stream) {
+  const auto whole_periods = [&](int64_t calls) { return (calls + period - 1) / period * period; };
+  Graph graph(call, whole_periods(kMinCalls), stream);
+  const double us = time_replays({&graph}, 1, stream)[0][0];
+  if (us >= kMinGraphUs) return graph;
+  const double calls = static_cast<double>(graph.calls()) * kMinGraphUs / std::max(us, 1.0);
+  const int64_t wanted = whole_periods(static_cast<int64_t>(std::min(calls, static_cast<double>(kMaxCalls))) + 1);
+  return Graph(call, wanted, stream);
+}
+
+void run_once(const Call& call, cudaStream_t stream) {
+  call(0, stream);
+  check(cudaStreamSynchronize(stream), "first call");
+}
+
 }  // namespace
 
 Graph::Graph(const Call& call, int64_t calls, cudaStream_t stream) : calls_(calls) {
@@ -71,7 +88,8 @@ Graph::Graph(const Call& call, int64_t calls, cudaStream_t stream) : calls_(call
     throw;
   }
   check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  const cudaError_t error = cudaGraphInstantiate(&exec_, graph, 0);
+  // kernels keep the priority of the stream that they were captured on
+  const cudaError_t error = cudaGraphInstantiate(&exec_, graph, cudaGraphInstantiateFlagUseNodePriority);
   cudaGraphDestroy(graph);
   check(error, "cudaGraphInstantiate");
   check(cudaGraphUpload(exec_, stream), "cudaGraphUpload");
@@ -84,27 +102,36 @@ Graph::~Graph() {
 void Graph::replay(cudaStream_t stream) const { check(cudaGraphLaunch(exec_, stream), "cudaGraphLaunch"); }
 
 Timing time_calls(const Call& call, int64_t period, const TimingOptions& options, cudaStream_t stream) {
-  const auto whole_periods = [&](int64_t calls) { return (calls + period - 1) / period * period; };
-  call(0, stream);  // kernels are loaded at their first call: not during a capture
-  check(cudaStreamSynchronize(stream), "first call");
-  Graph graph(call, whole_periods(kMinCalls), stream);
-  double us = time_replays({&graph}, 1, stream)[0][0];
-  if (us < kMinGraphUs) {
-    const double calls = static_cast<double>(graph.calls()) * kMinGraphUs / std::max(us, 1.0);
-    const int64_t wanted = whole_periods(static_cast<int64_t>(std::min(calls, static_cast<double>(kMaxCalls))) + 1);
-    graph = Graph(call, wanted, stream);
-    us = time_replays({&graph}, 1, stream)[0][0];
-  }
+  run_once(call, stream);
+  const Graph graph = long_graph(call, period, stream);
+  const double us = time_replays({&graph}, 1, stream)[0][0];
   std::vector<double> each = time_replays({&graph}, replays_for(options, us), stream)[0];
   for (double& value : each) value /= static_cast<double>(graph.calls());
   return {median(each), smallest(each), largest(each), graph.calls(), static_cast<int64_t>(each.size())};
 }
 
-PairedTiming time_in_turn(const Graph& first, const Graph& second, const TimingOptions& options, cudaStream_t stream) {
-  const std::vector<std::vector<double>> once = time_replays({&first, &second}, 1, stream);
+AddedTiming time_added(const Graph& with, const Graph& without, const TimingOptions& options, cudaStream_t stream) {
+  const std::vector<const Graph*> both = {&with, &without};
+  const std::vector<std::vector<double>> once = time_replays(both, 1, stream);
   const int64_t replays = replays_for(options, once[0][0] + once[1][0]);
-  std::vector<std::vector<double>> us = time_replays({&first, &second}, replays, stream);
-  return {std::move(us[0]), std::move(us[1])};
+  const std::vector<std::vector<double>> us = time_replays(both, replays, stream);
+  const auto calls = static_cast<double>(with.calls());
+  std::vector<double> base;
+  std::vector<double> added;
+  for (size_t i = 0; i < us[0].size(); ++i) {
+    base.push_back(us[1][i] / calls);
+    added.push_back((us[0][i] - us[1][i]) / calls);
+  }
+  const Timing timing{median(added), smallest(added), largest(added), with.calls(), replays};
+  return {median(base), timing, quantile(added, 0.25), quantile(added, 0.75)};
+}
+
+AddedTiming time_added(const Call& with, const Call& without, int64_t period, const TimingOptions& options,
+                       cudaStream_t stream) {
+  run_once(without, stream);
+  run_once(with, stream);
+  const Graph alone = long_graph(without, period, stream);
+  return time_added(Graph(with, alone.calls(), stream), alone, options, stream);
 }
 
 }  // namespace polylora::bench

@@ -52,11 +52,19 @@ struct Timing {
 /// no weight is met twice before all others were.
 Timing time_calls(const Call& call, int64_t period, const TimingOptions& options, cudaStream_t stream);
 
-/// us a replay of each graph, taken in turn: first, second, first, ...
-struct PairedTiming {
-  std::vector<double> first;   // [replays]
-  std::vector<double> second;  // [replays]
+/// us a call of a base, and what a call with more in it takes beyond.
+struct AddedTiming {
+  double base = 0;  // median
+  Timing added;     // of the differences (with - without), one a pair of replays
+  double low = 0;   // their quartiles
+  double high = 0;  //
 };
-PairedTiming time_in_turn(const Graph& first, const Graph& second, const TimingOptions& options, cudaStream_t stream);
+
+/// Graphs of as many calls, replayed in turn: with, without, with, ...
+AddedTiming time_added(const Graph& with, const Graph& without, const TimingOptions& options, cudaStream_t stream);
+
+/// The same of calls: both are run once before, and graphs of them are long enough; `period` as in time_calls.
+AddedTiming time_added(const Call& with, const Call& without, int64_t period, const TimingOptions& options,
+                       cudaStream_t stream);
 
 }  // namespace polylora::bench

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "naive.h"
+#include "plan_check.h"
 #include "polylora/plan_layout.h"
 #include "stats.h"
 #include "timing.h"
@@ -115,64 +116,13 @@ Verdict verify_v(const Problem& problem, const Implementation& run, cudaStream_t
   return verdict;
 }
 
-// The plan: rows in order of their groups, each row once, where its group's run says.
 Verdict verify_plan(const Problem& problem, const Implementation& run, cudaStream_t stream) {
   const Case& c = problem.shape();
   throwing(problem, run)(0, stream);
   check(cudaStreamSynchronize(stream), "plan");
   const PlanLayout at = plan_layout(c.rows, c.slots, 0);
-  std::vector<int32_t> plan(static_cast<size_t>(at.words));
-  check(cudaMemcpy(plan.data(), problem.plan_params().plan, plan.size() * sizeof(int32_t), cudaMemcpyDeviceToHost),
-        "plan");
-  std::vector<std::vector<int32_t>> rows_of(static_cast<size_t>(c.slots));
-  for (int64_t row = 0; row < c.rows; ++row) {
-    const int32_t group = problem.row_adapters()[static_cast<size_t>(row)];
-    if (group >= 0) rows_of[static_cast<size_t>(group)].push_back(static_cast<int32_t>(row));
-  }
-  Verdict verdict;
-  const auto expect = [&](int64_t word, int64_t wanted, const char* what) {
-    const int32_t got = plan[static_cast<size_t>(word)];
-    if (got != wanted && verdict.failure.empty()) {
-      verdict.failure = format("%s is %d, want %lld", what, got, static_cast<long long>(wanted));
-    }
-  };
-  int64_t active = 0;
-  int64_t runs = 0;
-  int64_t tiles = 0, wide_tiles = 0, short_tiles = 0, long_tiles = 0, max_short = 0;
-  for (int32_t group = 0; group < c.slots; ++group) {
-    const std::vector<int32_t>& rows = rows_of[static_cast<size_t>(group)];
-    if (rows.empty()) continue;
-    expect(at.run_group + runs, group, "the group of a run");
-    expect(at.run_start + runs, active, "the start of a run");
-    for (size_t i = 0; i < rows.size(); ++i) {
-      expect(at.order + active + static_cast<int64_t>(i), rows[i], "a row in order");
-      expect(at.row_group + rows[i], group, "the group of a row");
-    }
-    active += static_cast<int64_t>(rows.size());
-    const auto count = static_cast<int64_t>(rows.size());
-    const int64_t own_tiles = (count + kTileRows - 1) / kTileRows;
-    const int64_t own_wide_tiles = (count + kWideTileRows - 1) / kWideTileRows;
-    tiles += own_tiles;
-    wide_tiles += own_wide_tiles;
-    if (count <= kShortRun) {
-      short_tiles += own_tiles;
-      max_short = std::max(max_short, count);
-    } else {
-      long_tiles += own_wide_tiles;
-    }
-    ++runs;
-  }
-  expect(at.run_start + runs, active, "the end of the last run");
-  expect(kPlanVersion, kPlanVersionValue, "the version");
-  expect(kPlanActiveRows, active, "the number of active rows");
-  expect(kPlanRuns, runs, "the number of runs");
-  expect(kPlanTiles, tiles, "the number of tiles");
-  expect(kPlanWideTiles, wide_tiles, "the number of wide tiles");
-  expect(kPlanShortTiles, short_tiles, "the number of tiles of short runs");
-  expect(kPlanLongTiles, long_tiles, "the number of wide tiles of long runs");
-  expect(kPlanMaxShort, max_short, "the longest short run");
-  expect(kPlanInvalid, 0, "the number of invalid ids");
-  return verdict;
+  return {0, plan_mistake(download<int32_t>(problem.plan_params().plan, at.words, "plan"), problem.row_adapters(),
+                          c.slots, {})};
 }
 
 }  // namespace

@@ -5,19 +5,12 @@
 #include <string>
 
 #include "problem.h"
+#include "verdict.h"
 
 namespace polylora::bench {
 
-/// ||result - reference|| / ||delta|| above which a result counts as wrong. One rounding of y to bf16 is 2.5e-3.
-inline constexpr double kMaxError = 2e-2;
-
 /// Enqueues call number `call` of an implementation under test.
 using Implementation = std::function<cudaError_t(int64_t call, cudaStream_t stream)>;
-
-struct Verdict {
-  double error = 0;     // of one call
-  std::string failure;  // empty: right
-};
 
 /// Runs one call, then a captured chain of calls on the same y, against the reference: where a call reads what the call
 /// before has not finished, only the chain shows it. Throws CudaError where a call fails.
