@@ -312,6 +312,8 @@ void test_options() {
 void test_statistics() {
   CHECK(median({3, 1, 2}) == 2 && median({4, 1, 2, 3}) == 2.5 && median({}) == 0, "median");
   CHECK(std::fabs(geometric_mean({1, 4, 16}) - 4) < 1e-12 && geometric_mean({}) == 0, "geometric mean");
+  CHECK(quantile({4, 1, 3, 2, 5}, 0.25) == 2 && quantile({1, 2}, 0.75) == 1.75 && quantile({}, 0.5) == 0, "quantile");
+  CHECK(quantile({7}, 0.25) == 7 && quantile({3, 1, 2}, 1) == 3, "quantile at an end");
   CHECK(format("%s %d", "text", 7) == "text 7", "format");
 }
 
