@@ -20,7 +20,7 @@ test: build
 
 bench: setup
 	POLYLORA_BENCH=1 $(PY) setup.py build_ext --inplace
-	@echo "built: $$($(PY) tools/build_dir.py)/bench_linear and bench_embedding"
+	@echo "built: $$($(PY) tools/build_dir.py)/bench_linear, bench_embedding and bench_moe"
 
 build: $(VENV)/built
 
