@@ -9,8 +9,10 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import polylora
@@ -26,6 +28,7 @@ from polylora.bench.moe_problem import MoeProblem, activate, draw_routings, spli
 from polylora.bench.timing import Timing
 
 CPU = torch.device("cpu")
+HEADER = Path(__file__).parents[1] / "csrc/bench/moe_cases.h"
 CASES = [
     MoeCase.parse(text)
     for text in (
@@ -140,6 +143,16 @@ def test_presets_hold_what_they_promise():
     for name in full:
         assert MoeCase.parse(name).name == name
     assert {case.regime for case in PRESETS["full"]()} == set(cases.REGIMES[:3])
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="not a source checkout")
+def test_models_and_bars_are_those_of_the_cpp_benchmark():
+    text = HEADER.read_text(encoding="utf-8")
+    models = re.findall(r'\{"([\w.-]+)", (\d+), (\d+), (\d+), (\d+), "(\w+)", (true|false), (true|false)\}', text)
+    found = [Experts(m[0], *map(int, m[1:5]), m[5], m[6] == "true", m[7] == "true") for m in models]
+    assert found == list(MODELS.values())
+    bars = re.findall(r'\{"([\w.-]+ r\d+ M\d+)", ([\d.]+)\}', text)
+    assert [(name, float(bar)) for name, bar in bars] == list(BARS.items())
 
 
 def test_a_shape_is_read_back_as_the_same_experts():
