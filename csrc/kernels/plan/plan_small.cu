@@ -7,6 +7,11 @@
 //                  what runs before its own there are, by one scan of four 16-bit counts in a word
 //                  its row of the order; the tile that begins there; at the run's first place, the run
 //
+// One token's plan lets no kernel start before it ends. Where the next is moe_delta, beside the base's GEMM, its blocks
+// would stand ready before the GEMM's and take places that those then do not find. H200, us that LoRA r16 adds to a
+// layer, let in early and late: one token of qwen35-35b 4.1 and 3.0, nemotron3-super 4.2 and 2.7, qwen35-397b 9.5 and
+// 8.8; two of qwen35-35b 5.8 and 8.9, four 6.9 and 9.6, two of qwen35-397b 12.7 and 6.9.
+//
 // The time is that of a few dependent reads and barriers. All comparisons are 2 instructions each: at
 // 1024 rows they would take longer than to count.
 #include "common/ptx.cuh"
@@ -55,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) plan_few_rows(const __grid_constant_
   const int rows = static_cast<int>(task.source.p.rows);
   const int32_t groups = static_cast<int32_t>(task.source.groups);
   ptx::wait_for_previous_grid();
-  ptx::launch_next_grid();
+  const int top_k = task.source.p.top_k;
+  if (top_k <= 1 || rows > top_k) ptx::launch_next_grid();
 
   // ---- a thread a row
   int32_t group[1], invalid = 0;
