@@ -162,6 +162,26 @@ def test_fakes_leave_sizes_that_data_tell_to_the_op(device):
             compiled(mask=torch.arange(8, device=device) < 3, **args)
 
 
+def test_fakes_take_no_overridden_hint_for_a_size(device):
+    """``hint_override`` tunes the generated code for a size that is not the traced call's."""
+
+    def run(y, x, a, b, table, plan, widths, cols, v_width):
+        y = y * 1
+        torch.ops.polylora.linear_(y, x, a, b, table, plan, widths, cols, v_width)
+        return y
+
+    case = make_dense_case(device, DTYPE, rows=8, gaps=False)
+    args = {name: cleaned(value) for name, value in case.linear_args().items()}
+    want = run(**args)
+    for hinted in (("y", "x"), ("x",)):  # x alone: its rows turn out to be those of y
+        torch._dynamo.reset()
+        call = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in args.items()}
+        for name in ("y", "x"):
+            override = {"hint_override": 1024} if name in hinted else {}
+            torch._dynamo.mark_dynamic(call[name], 0, **override)
+        ref.assert_same_bits(str(hinted), torch.compile(run, fullgraph=True, backend="aot_eager")(**call), want)
+
+
 # ------------------------------------------------------------------------------------------------- torch.compile
 
 

@@ -345,14 +345,24 @@ def _shape_of(value):
     if isinstance(value, list | tuple):
         return [_shape_of(item) for item in value]
     if isinstance(value, torch.SymInt):
-        if value.node.hint is None:
-            raise _Unknown
-        return int(value.node.hint)
+        return _size_of(value.node)
     return value
 
 
+def _size_of(node) -> int:
+    """What a symbolic size is in the call that is traced. Its hint is that, unless ``mark_dynamic`` overrode it."""
+    expr, shape_env = node.expr, node.shape_env
+    if expr.is_number:
+        return int(expr)
+    overridden = set(getattr(shape_env, "var_to_hint_override", ()))  # of torch 2.10 on
+    overridden |= {symbol for key in overridden for symbol in shape_env.replace(key).free_symbols}
+    if node.hint is None or not overridden.isdisjoint(expr.free_symbols):
+        raise _Unknown
+    return int(node.hint)
+
+
 class _Unknown(Exception):
-    """Data will tell a size; the op checks it then."""
+    """Data will tell a size, or its hint was made up; the op checks it then."""
 
 
 def _register_fake(name: str) -> None:
