@@ -50,21 +50,34 @@ extern "C" cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size
 namespace polylora::testing {
 namespace {
 
-/// What an op called under a forced path, or its error's name.
-template <typename Op, typename Params>
-std::string run(const char* path, Op op, const Params& params) {
+/// What a call says under a forced path: `done` of it, or its error's name.
+template <typename Call, typename Done>
+std::string under(const char* path, Call call, Done done) {
   setenv("POLYLORA_PATH", path, 1);
-  called.clear();
-  const cudaError_t error = op(params, nullptr);
+  const cudaError_t error = call();
   unsetenv("POLYLORA_PATH");
   switch (error) {
     case cudaSuccess:
-      return called;
+      return done();
     case cudaErrorNotSupported:
       return "not supported";
     default:
       return error == cudaErrorInvalidValue ? "invalid value" : "another error";
   }
+}
+
+/// What an op called under a forced path, or its error's name.
+template <typename Op, typename Params>
+std::string run(const char* path, Op op, const Params& params) {
+  called.clear();
+  return under(path, [&] { return op(params, nullptr); }, [] { return called; });
+}
+
+/// The bytes of scratch that an op asks for, or its error's name.
+template <typename Scratch, typename Params>
+std::string ask(const char* path, Scratch scratch, const Params& params) {
+  int64_t bytes = -1;
+  return under(path, [&] { return scratch(params, bytes); }, [&] { return std::to_string(bytes) + " bytes"; });
 }
 
 /// A call that has nothing to stream: the seams' own work is left.
@@ -102,6 +115,37 @@ void forced_paths_of_seams_without_groups() {
     CHECK(got == want.act, "gate_up_act, path '%s': %s, want %s", want.path, got.c_str(), want.act);
     got = run(want.path, cuda::down_reduce, d);
     CHECK(got == want.reduce, "down_reduce, path '%s': %s, want %s", want.path, got.c_str(), want.reduce);
+  }
+}
+
+/// Nothing to write: an op does nothing and asks for no scratch, whatever path is forced.
+void seams_without_outputs() {
+  GateUpActParams no_rows{};
+  no_rows.lora = without_groups();
+  no_rows.lora.slices.groups = 1;
+  no_rows.lora.v_width = 16;
+  no_rows.h_stride = 64;
+  GateUpActParams no_width = no_rows;
+  no_rows.lora.rows = 0;
+  no_width.lora.slices.width[0] = 0;
+  DownReduceParams no_tokens{};
+  no_tokens.lora = no_rows.lora;
+  no_tokens.out_stride = 64;
+  no_tokens.top_k = 2;
+  DownReduceParams no_columns = no_tokens;
+  no_columns.tokens = 4;
+  no_columns.lora = no_width.lora;
+  for (const char* path : {"", "general", "mma", "wide"}) {
+    const auto check = [&](const char* what, const std::string& asked, const std::string& did) {
+      CHECK(asked == "0 bytes" && did.empty(), "%s, path '%s': asks for %s, calls '%s'", what, path, asked.c_str(),
+            did.c_str());
+    };
+    for (const auto* g : {&no_rows, &no_width}) {
+      check("gate_up_act", ask(path, cuda::gate_up_act_scratch, *g), run(path, cuda::gate_up_act, *g));
+    }
+    for (const auto* d : {&no_tokens, &no_columns}) {
+      check("down_reduce", ask(path, cuda::down_reduce_scratch, *d), run(path, cuda::down_reduce, *d));
+    }
   }
 }
 
@@ -152,6 +196,7 @@ void deltas_before_they_are_made() {
 
 int main() {
   polylora::testing::forced_paths_of_seams_without_groups();
+  polylora::testing::seams_without_outputs();
   polylora::testing::deltas_before_they_are_made();
   return polylora::testing::report();
 }

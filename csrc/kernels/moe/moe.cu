@@ -15,6 +15,10 @@ cudaError_t choose_moe(bool serves, Path& path) {
   return choose({{false, false, serves, true}}, {{false, false, true, true}}, path, Path::kMma);
 }
 
+// Without outputs a seam is done before a path is chosen, and needs no scratch.
+bool writes_nothing(const GateUpActParams& g) { return g.lora.rows == 0 || g.lora.slices.width[0] == 0; }
+bool writes_nothing(const DownReduceParams& d) { return d.tokens == 0 || d.lora.slices.width[0] == 0; }
+
 // A call without rows or groups launches neither shrink nor expand, whose order the streams' seams rely on, and has no
 // table to read.
 cudaError_t choose_seam(const LoraParams& p, bool serves, Path& path) {
@@ -53,6 +57,8 @@ cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream) {
 }
 
 cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
+  bytes = 0;
+  if (writes_nothing(g)) return cudaSuccess;
   Path path;
   const cudaError_t error = choose_seam(g.lora, moe_act_serves(g), path);
   bytes = v_bytes(g.lora);
@@ -60,7 +66,7 @@ cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
 }
 
 cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
-  if (g.lora.rows == 0 || g.lora.slices.width[0] == 0) return cudaSuccess;
+  if (writes_nothing(g)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_seam(g.lora, moe_act_serves(g), path);
   if (error != cudaSuccess) return error;
@@ -72,6 +78,8 @@ cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
 }
 
 cudaError_t down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
+  bytes = 0;
+  if (writes_nothing(d)) return cudaSuccess;
   Path path;
   const cudaError_t error = choose_seam(d.lora, moe_reduce_serves(d), path);
   bytes = v_bytes(d.lora);
@@ -79,7 +87,7 @@ cudaError_t down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
 }
 
 cudaError_t down_reduce(const DownReduceParams& d, cudaStream_t stream) {
-  if (d.tokens == 0 || d.lora.slices.width[0] == 0) return cudaSuccess;
+  if (writes_nothing(d)) return cudaSuccess;
   Path path;
   cudaError_t error = choose_seam(d.lora, moe_reduce_serves(d), path);
   if (error != cudaSuccess) return error;
@@ -112,7 +120,7 @@ cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
 }
 
 cudaError_t moe_act(const GateUpActParams& g, cudaStream_t stream) {
-  if (g.lora.rows == 0 || g.lora.slices.width[0] == 0) return cudaSuccess;
+  if (writes_nothing(g)) return cudaSuccess;
   Path path;
   const cudaError_t error = choose_moe(moe_add_act_serves(g), path);
   if (error != cudaSuccess) return error;
@@ -120,7 +128,7 @@ cudaError_t moe_act(const GateUpActParams& g, cudaStream_t stream) {
 }
 
 cudaError_t moe_reduce(const DownReduceParams& d, cudaStream_t stream) {
-  if (d.tokens == 0 || d.lora.slices.width[0] == 0) return cudaSuccess;
+  if (writes_nothing(d)) return cudaSuccess;
   Path path;
   const cudaError_t error = choose_moe(moe_add_reduce_serves(d), path);
   if (error != cudaSuccess) return error;
