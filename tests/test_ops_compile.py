@@ -143,8 +143,8 @@ def test_fakes_know_symbolic_sizes(device):
             torch.compile(run, fullgraph=True, dynamic=True, backend="eager")(**args | {name: wrong})
 
 
-def test_fakes_leave_sizes_that_data_tell_to_the_op(device):
-    """Rows that a mask picks: nobody knows how many before it runs."""
+def test_fakes_leave_a_call_of_sizes_that_data_tell_to_the_op(device):
+    """Rows that a mask picks: nobody knows how many before it runs. Whatever is wrong with the call is said then."""
 
     def run(y, x, mask, a, b, table, plan, widths, cols, v_width):
         y = y[mask]
@@ -160,6 +160,13 @@ def test_fakes_leave_sizes_that_data_tell_to_the_op(device):
         ref.assert_same_bits("masked", compiled(mask=every, **args), run(mask=every, **args))
         with pytest.raises(RuntimeError, match=r"polylora::linear_: plan must be .*, got "):
             compiled(mask=torch.arange(8, device=device) < 3, **args)
+        for name, wrong in (("a", [t.double() for t in args["a"]]), ("widths", args["widths"][1:]), ("v_width", -1)):
+            torch._dynamo.reset()
+            traced = []
+            compiled = torch.compile(run, fullgraph=True, backend=lambda graph, _, to=traced: to.append(1) or graph)
+            with pytest.raises(RuntimeError, match=rf"polylora::linear_: {name} must be .*, got "):
+                compiled(mask=every, **args | {name: wrong})
+            assert traced, f"{name}: refused while it was traced"
 
 
 def test_fakes_take_no_overridden_hint_for_a_size(device):

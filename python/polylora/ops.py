@@ -2,7 +2,9 @@
 
 Each function here is ``torch.ops.polylora.<name>`` with a docstring; call whichever reads better. All work in place,
 never synchronise, run on the current stream and may be captured into a CUDA graph. Wrong shape, dtype, device or
-stride raises ``RuntimeError`` naming the op, the argument, what was expected and what came.
+stride raises ``RuntimeError`` naming the op, the argument, what was expected and what came. ``torch.compile`` raises it
+while it traces; but a call with a size that is unknown then (unbacked, or with an overridden hint) is checked when it
+runs, all of it.
 
 Arguments that recur:
 
@@ -335,6 +337,8 @@ def moe_reduce(
 
 # ------------------------------------------------------------------------------------------------------------ fakes
 # The ops' own checks (csrc/ops), on tensors without data: a wrong call fails while tracing, with the same sentence.
+# Where a single size is unknown the whole call is left to the op, dtypes and plain numbers too: nearly every check
+# compares sizes, and a made-up one would refuse right calls.
 
 
 def _shape_of(value):
@@ -354,7 +358,7 @@ def _size_of(node) -> int:
     expr, shape_env = node.expr, node.shape_env
     if expr.is_number:
         return int(expr)
-    overridden = set(getattr(shape_env, "var_to_hint_override", ()))  # of torch 2.10 on
+    overridden = set(getattr(shape_env, "var_to_hint_override", ()))  # not in every torch
     overridden |= {symbol for key in overridden for symbol in shape_env.replace(key).free_symbols}
     if node.hint is None or not overridden.isdisjoint(expr.free_symbols):
         raise _Unknown
@@ -362,7 +366,7 @@ def _size_of(node) -> int:
 
 
 class _Unknown(Exception):
-    """Data will tell a size, or its hint was made up; the op checks it then."""
+    """Data will tell a size, or its hint was made up: the op checks the call when it runs."""
 
 
 def _register_fake(name: str) -> None:
