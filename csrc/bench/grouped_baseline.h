@@ -17,7 +17,7 @@ class GroupedBaseline {
   /// bf16, K, ranks and widths multiples of 8, sorted rows, equal scales.
   static bool serves(const Problem& problem);
 
-  /// Throws UsageError in a build without CUTLASS.
+  /// In a build with CUTLASS: has_cutlass().
   explicit GroupedBaseline(const Problem& problem);
 
   void run(int64_t call, cudaStream_t stream) const;

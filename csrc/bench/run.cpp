@@ -1,10 +1,12 @@
 #include "run.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 
 #include "chain.h"
 #include "grouped_baseline.h"
+#include "grouped_gemm.h"
 #include "guard.h"
 #include "naive.h"
 #include "options.h"
@@ -138,6 +140,10 @@ int bench_main(int argc, char** argv, bool embedding) {
     if (options.list) {
       Report::list(options, cases);
       return kExitOk;
+    }
+    const auto& baselines = options.baselines;
+    if (std::find(baselines.begin(), baselines.end(), "cutlass") != baselines.end() && !has_cutlass()) {
+      throw UsageError("--baseline cutlass: built without CUTLASS: docs/benchmarks.md says how to build with it");
     }
     return Runner(options, device_or_throw()).run(cases);
   });
