@@ -103,8 +103,9 @@ how
 exit codes: 0 all right; 1 a result was wrong or a call failed; 2 bad usage; 3 no GPU
 )";
 
-/// Takes the flag at hand where it is one of all benchmarks'; false where it is not.
-inline bool take_common(Arguments& arguments, const std::vector<std::string>& presets, CommonOptions& options) {
+/// Takes the flag at hand where it is one of all benchmarks'; false where it is not. `paths`: those that the ops have.
+inline bool take_common(Arguments& arguments, const std::vector<std::string>& presets,
+                        const std::vector<std::string>& paths, CommonOptions& options) {
   if (arguments.is("--help") || arguments.is("-h")) {
     options.help = true;
   } else if (arguments.is("--preset")) {
@@ -114,7 +115,7 @@ inline bool take_common(Arguments& arguments, const std::vector<std::string>& pr
   } else if (arguments.is("--filter")) {
     options.filters.push_back(arguments.value());
   } else if (arguments.is("--path")) {
-    options.paths.push_back(arguments.one_of({"auto", "cluster", "wide", "mma", "general"}));
+    options.paths.push_back(arguments.one_of(paths));
   } else if (arguments.is("--json")) {
     options.json = true;
   } else if (arguments.is("--no-calibrate")) {

@@ -50,7 +50,7 @@ inline MoeOptions parse_moe_options(const std::vector<std::string>& words) {
   MoeOptions options;
   Arguments arguments(words);
   while (arguments.next()) {
-    if (take_common(arguments, {"quick", "issue", "full"}, options)) continue;
+    if (take_common(arguments, {"quick", "issue", "full"}, {"auto", "mma", "general"}, options)) continue;
     if (arguments.is("--seams")) {
       for (const std::string& name : arguments.some_of({"beside", "fused", "added"})) {
         for (const Seams seams : {Seams::kBeside, Seams::kFused, Seams::kAdded}) {

@@ -67,7 +67,7 @@ inline Options parse_options(const std::vector<std::string>& words, bool embeddi
   if (embedding) options.op = Op::kEmbedding;
   Arguments arguments(words);
   while (arguments.next()) {
-    if (take_common(arguments, presets, options)) continue;
+    if (take_common(arguments, presets, {"auto", "cluster", "wide", "mma", "general"}, options)) continue;
     if (arguments.is("--op") && !embedding) {
       const std::string name = arguments.one_of({"linear", "shrink", "expand", "plan"});
       for (const Op op : {Op::kLinear, Op::kShrink, Op::kExpand, Op::kPlan}) {

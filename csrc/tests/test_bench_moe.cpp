@@ -279,6 +279,8 @@ void test_options() {
                              {"--filter", "no such name"},
                              {"--case", "qwen35-35b"},
                              {"--path", "fast"},
+                             {"--path", "cluster"},
+                             {"--path", "wide"},
                              {"--json=1"},
                              {"word"}}) {
     CHECK(refuses([&] { select_moe_cases(parse_moe_options(words)); }), "'%s' was taken", words[0].c_str());
