@@ -130,6 +130,20 @@ def test_fakes_refuse_what_the_op_refuses(device, op):
     assert not wrong, f"{len(wrong)} fakes amiss:\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("op", OUTPUT)
+def test_fakes_refuse_tensors_of_two_devices(device, op):
+    """Devices are there while an op is traced; meta stands for the other one here."""
+    call = valid_calls(device)[op]
+    first = call[OUTPUT[op]].device
+    for name, value in call.items():
+        moved = [t.to("meta") for t in value if isinstance(t, torch.Tensor)] if isinstance(value, list) else value
+        moved = moved.to("meta") if isinstance(moved, torch.Tensor) else moved
+        if name == OUTPUT[op] or moved == [] or not isinstance(moved, list | torch.Tensor):
+            continue
+        with pytest.raises(RuntimeError, match=rf"polylora::{op}: {name} must be on {first}, got one on meta"):
+            fake_call(FakeTensorMode(), op, call | {name: moved})
+
+
 def test_fakes_know_symbolic_sizes(device):
     """Wrong sizes of a call whose rows are dynamic are refused while it is traced."""
 

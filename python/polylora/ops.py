@@ -3,8 +3,8 @@
 Each function here is ``torch.ops.polylora.<name>`` with a docstring; call whichever reads better. All work in place,
 never synchronise, run on the current stream and may be captured into a CUDA graph. Wrong shape, dtype, device or
 stride raises ``RuntimeError`` naming the op, the argument, what was expected and what came. ``torch.compile`` raises it
-while it traces; but a call with a size that is unknown then (unbacked, or with an overridden hint) is checked when it
-runs, all of it.
+while it traces; but of a call with a size that is unknown then (unbacked, or with an overridden hint) all but the
+devices is checked when it runs, as the alignment of tensors always is.
 
 Arguments that recur:
 
@@ -336,9 +336,10 @@ def moe_reduce(
 
 
 # ------------------------------------------------------------------------------------------------------------ fakes
-# The ops' own checks (csrc/ops), on tensors without data: a wrong call fails while tracing, with the same sentence.
-# Where a single size is unknown the whole call is left to the op, dtypes and plain numbers too: nearly every check
-# compares sizes, and a made-up one would refuse right calls.
+# The ops' own checks (csrc/ops), on tensors without data or device: a wrong call fails while tracing, with the same
+# sentence but for "on cuda:0"; devices are compared here. How tensors are aligned, and what a plan was filled for, the
+# op sees. Where a single size is unknown all but the devices is left to it, dtypes and plain numbers too: nearly every
+# check compares sizes, and a made-up one would refuse right calls.
 
 
 def _shape_of(value):
@@ -369,15 +370,30 @@ class _Unknown(Exception):
     """Data will tell a size, or its hint was made up: the op checks the call when it runs."""
 
 
+def _check_devices(name: str, call: dict) -> None:
+    """All tensors are where the first one is."""
+    first = None
+    for arg, value in call.items():
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(tensor, Tensor):
+                continue
+            first = first or tensor.device
+            if tensor.device != first:
+                raise RuntimeError(f"polylora::{name}: {arg} must be on {first}, got one on {tensor.device}")
+
+
 def _register_fake(name: str) -> None:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     check = getattr(torch.ops.polylora_meta, name)
+    names = [argument.name for argument in check.default._schema.arguments]
 
     @torch.library.register_fake(f"polylora::{name}")
     def fake(*args, **kwargs) -> None:
+        call = dict(zip(names, args, strict=False)) | kwargs
+        _check_devices(name, call)
         with unset_fake_temporarily(), contextlib.suppress(_Unknown):
-            check(*_shape_of(args), **{key: _shape_of(value) for key, value in kwargs.items()})
+            check(**{arg: _shape_of(value) for arg, value in call.items()})
 
 
 for _name in (
