@@ -46,45 +46,52 @@ class MoeRunner {
   }
 
  private:
+  using Rows = std::vector<MoeRow>;  // of one case
+
   void run_case(const MoeCase& c) {
-    const MoeRow first{c, paths_[0], options_.seams[0]};
+    Rows rows;
+    for (const std::string& path : paths_) {
+      for (const Seams seams : options_.seams) rows.push_back({c, path, seams});
+    }
     if (options_.base && !MoeBase::serves(c)) {
-      return report_.add_not_served(first, "the base takes hidden sizes and widths that are multiples of 8");
+      for (const MoeRow& row : rows) {
+        report_.add_not_served(row, "the base takes hidden sizes and widths that are multiples of 8");
+      }
+      return;
     }
     std::unique_ptr<Layer> layer;
-    guarded(first, [&] { layer = make_layer(first); });
+    guarded(rows, [&] { layer = make_layer(rows); });
     if (!layer) return;
-    for (const std::string& path : paths_) {
-      for (const Seams seams : options_.seams) {
-        const MoeRow row{c, path, seams};
-        guarded(row, [&] { measure(*layer, row); });
-      }
+    for (const MoeRow& row : rows) {
+      guarded({row}, [&] { measure(*layer, row); });
     }
   }
 
-  // What one case cannot do ends that case; a CUDA error that stays with the context ends the run.
-  void guarded(const MoeRow& row, const std::function<void()>& body) {
-    const Ending ending = run_guarded(row.path, body);
-    if (ending.how == Ending::kNotServed) report_.add_not_served(row, "");
-    if (ending.how == Ending::kTooLarge) report_.add_too_large(row);
+  // What one case cannot do ends that case, for all `rows`; a CUDA error that stays with the context ends the run.
+  void guarded(const Rows& rows, const std::function<void()>& body) {
+    const Ending ending = run_guarded(rows[0].path, body);
+    for (const MoeRow& row : rows) {
+      if (ending.how == Ending::kNotServed) report_.add_not_served(row, "");
+      if (ending.how == Ending::kTooLarge) report_.add_too_large(row);
+    }
     if (ending.how != Ending::kFailed) return;
-    fail(row, ending.why);
+    fail(rows, ending.why);
     check_context();
   }
 
-  void fail(const MoeRow& row, const std::string& why) {
+  void fail(const Rows& rows, const std::string& why) {
     all_right_ = false;
-    report_.add_failure(row, why);
+    for (const MoeRow& row : rows) report_.add_failure(row, why);
   }
 
   // Null where the base is wrong.
-  std::unique_ptr<Layer> make_layer(const MoeRow& row) {
-    auto layer = std::make_unique<Layer>(row.shape, options_.base, device_, stream_);
+  std::unique_ptr<Layer> make_layer(const Rows& rows) {
+    auto layer = std::make_unique<Layer>(rows[0].shape, options_.base, device_, stream_);
     if (!layer->base) return layer;
     progress_.say("  checking the base");
     const Verdict verdict = verify_base(layer->problem, *layer->base, stream_);
     if (verdict.failure.empty()) return layer;
-    fail(row, verdict.failure);
+    fail(rows, verdict.failure);
     return nullptr;
   }
 
@@ -95,7 +102,7 @@ class MoeRunner {
     lora.reserve();
     progress_.say(std::string("  ") + seams_name(row.seams) + ", path " + row.path + ": checking, then timing");
     const Verdict verdict = verify_lora(layer.problem, lora, stream_);
-    if (!verdict.failure.empty()) return fail(row, verdict.failure);
+    if (!verdict.failure.empty()) return fail({row}, verdict.failure);
     MoeFound found = time_layer(layer, lora);
     found.error = verdict.error;
     report_.add(row, found);
