@@ -3,8 +3,9 @@
 // Every token goes to top_k distinct experts, all equally likely and independent of other tokens': the first top_k of a
 // shuffled deck of all experts. Its weights are the softmax of top_k numbers that are nearly normal. From call to call
 // the adapters move on by one, and pools of adapters take turns so that every adapter of every pool comes up. Where
-// every token has an adapter of its own, each (pool, adapter) deals from one deck until that has too few cards left: as
-// likely as any, but no (adapter, expert) pair comes again before the others have.
+// every token has an adapter of its own, each (pool, adapter) deals from one deck until fewer than top_k cards are
+// left: as likely as any, but no (adapter, expert) pair comes again before all others have, those of the cards left
+// excepted.
 #pragma once
 
 #include <algorithm>

@@ -76,7 +76,7 @@ def draw_routings(case: MoeCase, pools: int = 1, seed: int = 0) -> Iterator[Rout
     every adapter of every pool comes up.
 
     Where every token has an adapter of its own, its experts are dealt from a shuffled deck: as likely as any, but
-    none comes again before the deck is through.
+    none comes again before fewer than ``top_k`` cards are left.
     """
     generator = torch.Generator().manual_seed(seed)
     model, turn = case.model, 0
