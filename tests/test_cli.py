@@ -189,7 +189,8 @@ def test_check_refuses_what_it_cannot_read(capsys, tmp_path):
     assert (code, out) == (1, "") and "gpt2" in err
 
 
-def test_the_module_runs_as_a_program():
-    done = python("-m", "polylora", "info")
+@pytest.mark.parametrize("module", ["polylora", "polylora.cli", "polylora_cli"])
+def test_the_module_runs_as_a_program(module):
+    done = python("-m", module, "info")
     assert done.returncode == 0, done.stderr
     assert "polylora" in done.stdout

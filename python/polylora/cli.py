@@ -206,3 +206,7 @@ def _check_report(result: dict[str, Any]) -> str:
         )
         lines += [f"  {key}" for key in saved]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
