@@ -1,4 +1,4 @@
-"""The source distribution holds what a build from it needs, and nothing that was built."""
+"""The source distribution holds what a build needs, and nothing built; a library of other sources is refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+import torch
+from polylora._library import load_library
 
 ROOT = Path(__file__).parents[1]
 NEEDED = [
@@ -60,3 +62,16 @@ def test_everything_a_build_needs_is_in_the_sdist(sdist):
 def test_nothing_built_is_in_the_sdist(sdist):
     built = [n for n in sdist if n.endswith((".so", ".pyc", ".o")) or "stray" in n or n.startswith("build/")]
     assert not built
+
+
+@pytest.mark.parametrize("name", ["polylora", "polylora_meta"])
+def test_a_library_built_from_other_sources_is_refused(name, monkeypatch):
+    """As new Python over an older library finds it: an op is not there yet."""
+    known = torch._C._jit_get_schemas_for_operator
+    monkeypatch.setattr(
+        torch._C, "_jit_get_schemas_for_operator", lambda op: [] if op == f"{name}::moe_act" else known(op)
+    )
+    with pytest.raises(ImportError, match=rf"other sources, it has no {name}::moe_act; .*make build"):
+        load_library()
+    monkeypatch.undo()
+    load_library()

@@ -32,6 +32,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polylora._library import OPS
+
 #: ``act`` of :func:`moe_gate_up_act` and :func:`moe_act`, by name.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "swiglu_oai": 4}
 
@@ -396,8 +398,5 @@ def _register_fake(name: str) -> None:
             check(**{arg: _shape_of(value) for arg, value in call.items()})
 
 
-for _name in (
-    "plan", "moe_plan", "shrink", "expand_", "linear_", "embedding_", "moe_gate_up_", "moe_down_", "moe_gate_up_act",
-    "moe_down_reduce", "moe_delta", "moe_act", "moe_reduce",
-):  # fmt: skip
+for _name in OPS:
     _register_fake(_name)
