@@ -19,7 +19,7 @@ import polylora
 import pytest
 import torch
 from polylora import cli
-from polylora.bench import cases, moe, moe_peers, report, timing
+from polylora.bench import cases, moe, moe_cases, moe_peers, moe_problem, report, timing
 from polylora.bench import command as command_module
 from polylora.bench.moe_base import TorchBase, TritonBase, make_base
 from polylora.bench.moe_cases import BARS, MODELS, PRESETS, SLOTS, Experts, MoeCase
@@ -153,6 +153,49 @@ def test_models_and_bars_are_those_of_the_cpp_benchmark():
     assert found == list(MODELS.values())
     bars = re.findall(r'\{"([\w.-]+ r\d+ M\d+)", ([\d.]+)\}', text)
     assert [(name, float(bar)) for name, bar in bars] == list(BARS.items())
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="not a source checkout")
+def test_constants_are_those_of_the_cpp_benchmark():
+    text = "".join(
+        (HEADER.parent / name).read_text(encoding="utf-8") for name in ("moe_cases.h", "moe_rotation.h", "rotation.h")
+    )
+    found = {
+        name: float(value)
+        for name, value in re.findall(r"inline constexpr (?:int32_t|int64_t|double) (k\w+) = ([\d.]+);", text)
+    }
+    twins = {
+        "kMoeSlots": SLOTS,
+        "kSegmentedRows": moe_cases.SEGMENTED_ROWS,
+        "kSegments": moe_cases.SEGMENTS,
+        "kYardstickTbps": moe_cases.FLOOR_RATE / 1e6,
+        "kPoolL2s": moe_problem.POOL_SHARE,
+        "kMaxRoutings": moe_problem.MAX_ROUTINGS,
+        "kColdL2s": moe_problem.COLD,
+        "kMemoryShare": moe_problem.MEMORY_SHARE,
+    }
+    assert {name: found.get(name) for name in twins} == twins
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="not a source checkout")
+def test_presets_are_those_of_the_cpp_benchmark():
+    """Their loops in C++, as sets of models, ranks and rows."""
+    text = HEADER.read_text(encoding="utf-8").split("moe_preset_cases(const std::string& preset)")[1]
+
+    def numbers(what: str) -> list[list[int]]:
+        return [
+            [int(n) for n in row.split(",")] for row in re.findall(rf"for \(const \w+ {what} : {{([\d, ]+)}}\)", text)
+        ]
+
+    quick, full = numbers("rows")
+    (ranks,) = numbers("rank")
+    (model, rank) = re.search(r"cases.push_back\({moe_models\(\)\[(\d)\], (\d+), rows}\)", text).groups()
+    models = list(MODELS.values())
+    assert [MoeCase(models[int(model)], int(rank), rows) for rows in quick] == PRESETS["quick"]()
+    assert "for (const Experts& model : moe_models())" in text
+    assert [MoeCase(m, r, rows) for m in models for r in ranks for rows in full] == PRESETS["full"]()
+    assert "for (const MoeBar& bar : moe_bars()) cases.push_back(parse_moe_case(bar.name))" in text
+    assert [MoeCase.parse(name) for name in BARS] == PRESETS["issue"]()
 
 
 def test_a_shape_is_read_back_as_the_same_experts():
