@@ -62,9 +62,8 @@ __global__ void __launch_bounds__(kWarps * 32) moe_act(const __grid_constant__ A
   const int32_t group = fits ? group_read : kNoAdapter;
   if (group == kNoRow) return;
   if (group < 0) {
-    constexpr uint32_t kNone = 0x80008000u;  // -0 leaves any y as it is
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s) delta[s] = {kNone, kNone};
+    for (int s = 0; s < kSlices; ++s) delta[s] = {0x80008000u, 0x80008000u};  // -0 leaves any y as it is
   } else if (!task.is_short) {
     load_deltas();
   }
