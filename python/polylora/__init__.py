@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from polylora_cli import VERSION as __version__
+
 from polylora._library import has_cuda_kernels, load_library
 
 load_library()
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
     from polylora.engines.hf import HfEngine
 
-__version__ = "0.1.0"
 __all__ = ["AdapterPool", "Plan", "SliceTable", "__version__", "attach", "has_cuda_kernels", "ops", "plan_size"]
 
 
