@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export MAX_JOBS ?= $(shell nproc)
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
+CPP := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 .PHONY: demo test bench build setup lint format wheel clean
 

@@ -35,7 +35,7 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   endforeach()
 endif()
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
+find_package(CUDAToolkit REQUIRED GLOBAL)  # an engine above this folder links cudart, too
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
