@@ -30,7 +30,7 @@ $(VENV)/ready: pyproject.toml tools/setup_env.py
 	$(PYTHON) tools/setup_env.py $(VENV)
 	touch $@
 
-$(VENV)/built: $(VENV)/ready CMakeLists.txt setup.py $(wildcard cmake/*) $(CPP)
+$(VENV)/built: $(VENV)/ready CMakeLists.txt examples/CMakeLists.txt setup.py $(wildcard cmake/*) $(CPP)
 	$(PY) setup.py build_ext --inplace
 	touch $@
 

@@ -23,6 +23,8 @@ NEEDED = [
     "cmake/build_backend.py",
     "cmake/find_torch.py",
     "csrc/ops/ops.cpp",
+    "examples/CMakeLists.txt",
+    "examples/integration.cpp",
     "pyproject.toml",
     "python/polylora/fixtures/held_out.txt",
     "python/polylora/table.py",

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import polylora
 import pytest
 import torch
@@ -19,6 +20,7 @@ from polylora.fixtures.styles import STYLE_BOUND, style_score
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 OPS = ROOT / "docs/ops.md"
+INTEGRATION = ROOT / "docs/integration.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "python/polylora/fixtures/README.md"]
 
@@ -46,6 +48,10 @@ def missing_names(code: str) -> set[str]:
             (read if isinstance(node.ctx, ast.Load) else made).add(node.id)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             made |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            made.add(node.name)
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
     return read - made
 
 
@@ -73,6 +79,7 @@ def usable(device: str) -> str:
 def test_every_python_block_is_run_here():
     """A new block needs a test of its own: the ones below run these."""
     marks = {README: ["polylora.attach", "from_dense_pool"], OPS: ["moe_delta"], PAGES[-1]: ["ByteTokenizer"]}
+    marks[INTEGRATION] = ["class Layer"]
     for page in PAGES:
         blocks, known = fenced(page, "python"), marks.get(page, [])
         assert len(blocks) == len(known), f"{page.name}: {len(blocks)} Python blocks, {len(known)} of them are run"
@@ -220,6 +227,63 @@ def test_the_fixtures_block_makes_a_model_and_a_batch():
     assert logits.shape[:2] == names["batch"]["input_ids"].shape and logits.isfinite().all()
 
 
+def test_the_engine_of_your_own_runs_as_printed():
+    """It takes the GPU where there is one, and checks each of its rows itself."""
+    code = block_with(INTEGRATION, "class Layer")
+    assert code.count("\n") <= 60
+    torch.manual_seed(0)
+    names = execute(code, {})
+    layers = [names[name] for name in ("embed", "qkv", "head")]
+    assert names["batch"] and {names["scales"][slot] for slot in names["batch"]} != {0.0}, "an adapter was checked"
+    assert all(layer.merged(0, 1.0).ne(layer.weight).any() for layer in layers), "and changes every layer"
+
+
+def test_the_cpp_example_is_the_file_that_is_built():
+    (shown,) = fenced(INTEGRATION, "cpp")
+    assert shown == (ROOT / "examples/integration.cpp").read_text(encoding="utf-8")
+    assert shown.count("\n") <= 60
+
+
+def test_the_words_of_an_entry_are_as_told():
+    text = INTEGRATION.read_text(encoding="utf-8")
+    entry = np.dtype(re.search(r'in numpy `"([^"]+)"`', text)[1])
+    names = ("a_row", "rank", "v_col", "b_stride", "b_offset", "scale", "reserved")
+    told = text[text.index("**Tables without") :]
+    places = [told.index(f"`{name}`") for name in names[:-1]]
+    assert places == sorted(places)
+    a, b = torch.zeros(9, 16), torch.zeros(500)
+    table = polylora.SliceTable.from_ragged_arena(a, b, slots=2, widths=[20], v_width=8)
+    values = (3, 5, 2, 7, 11, 0.5, 0)
+    table.set_groups([1], **dict(zip(names[:-1], values, strict=False)))
+    assert table.words()[1, 0].view(entry)[0].tolist() == values
+
+
+def test_punica_weights_serve_in_place():
+    """``[slots, layers, ...]``, a layer at a time, as the table of calls says; segments as rows."""
+    slots, layers, rank, k, n = 3, 2, 8, 24, 40
+    generator = torch.Generator().manual_seed(0)
+    wa = torch.randn(slots, layers, rank, k, generator=generator)
+    wb = torch.randn(slots, layers, n, rank, generator=generator)
+    starts, slot_of_segment = torch.tensor([0, 2, 3, 6]), torch.tensor([2, -1, 0])
+    rows = int(starts[-1])
+    slot_of_row = slot_of_segment.repeat_interleave(starts.diff(), output_size=rows)
+    x = torch.randn(rows, k, generator=generator)
+    plan = polylora.Plan(rows, slots).fill(slot_of_row)
+    for layer in range(layers):
+        table = polylora.SliceTable.from_dense_pool([wa[:, layer]], [wb[:, layer]], [rank] * slots, 0.5)
+        assert table.a[0].data_ptr() == wa[:, layer].data_ptr() and table.b[0].data_ptr() == wb[:, layer].data_ptr()
+        want = torch.zeros(rows, n)
+        for row, slot in enumerate(slot_of_row.tolist()):
+            if slot >= 0:
+                want[row] = 0.5 * wb[slot, layer] @ (wa[slot, layer] @ x[row])
+        y, halves, v = torch.zeros(rows, n), torch.zeros(rows, n), torch.full((rows, table.v_width), float("nan"))
+        torch.ops.polylora.linear_(y, x, plan=plan.tensor, **table.args("linear_"))
+        torch.ops.polylora.shrink(v, x, plan=plan.tensor, **table.args("shrink"))
+        torch.ops.polylora.expand_(halves, v, plan=plan.tensor, **table.args("expand_"))
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(halves, want, rtol=1e-5, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------- links, commands
 
 
@@ -250,7 +314,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_links_the_docs():
     linked = {(ROOT / t.partition("#")[0]).resolve() for t in re.findall(r"\]\(([^)\s]+)\)", prose(README))}
-    assert {ROOT / "docs" / name for name in ("architecture.md", "ops.md", "building.md")} <= linked
+    assert {ROOT / "docs" / name for name in ("architecture.md", "ops.md", "building.md", "integration.md")} <= linked
 
 
 def test_commands_of_the_readme_exist(capsys):
