@@ -1,0 +1,14 @@
+"""polylora's kernels behind vLLM's LoRA layers. How to turn it on: ``polylora_vllm.py``, beside this package.
+
+===============  ====================================================================================================
+``wrapper.py``   :class:`~polylora.vllm_plugin.wrapper.PolyloraPunicaWrapper`: the methods that vLLM's layers call
+``ops.py``       ``torch.ops.polylora_vllm.*``: those methods, opaque to ``torch.compile``
+``step.py``      which adapter each row of a step uses, and the plan made of it inside the forward pass
+``tables.py``    vLLM's slot tensors, used in place, with the true rank of the adapter in each slot
+===============  ====================================================================================================
+
+vLLM's own kernels go on serving what these do not: the experts of an MoE, fully sharded LoRA, slots of more ranks than
+polylora has, outputs of another dtype than their inputs. What it is and why is in the log, once.
+
+Importing this package does not import vLLM; its modules but this one do.
+"""

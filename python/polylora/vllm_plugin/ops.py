@@ -1,0 +1,73 @@
+"""``torch.ops.polylora_vllm.*``: what the wrapper's methods do, as ops that ``torch.compile`` does not look into.
+
+vLLM traces a model once, without a graph break, and drops the guards: whatever depends on the step, and every look-up
+by address, has to happen inside an op. They take tensors alone, so that the compiled pieces of equal layers stay equal.
+
+Arguments that recur:
+
+===========  ========================================================================================================
+``a, b``     slot tensors, one a slice: ``[slots, 1, R, K]`` and ``[slots, 1, width, R]``
+``rows``     int32, the slot of each row of the step: :class:`polylora.vllm_plugin.step.StepRows`, which makes the plan
+``no_lora``  bool ``[1]`` on the host: no row of the step has an adapter. Nothing is launched then, so that a graph
+             captured for such steps holds nothing of LoRA
+===========  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from polylora.vllm_plugin.step import step_of
+from polylora.vllm_plugin.tables import table_of_a, table_of_b
+
+_LIBRARY = torch.library.Library("polylora_vllm", "FRAGMENT")
+
+
+def linear(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
+    """``y += (x A^T) B^T`` of each row's adapter, slices side by side. ``y [M, >= sum of widths]``, ``x [M, K]``."""
+    if no_lora.item():
+        return
+    t = table_of_a(a)
+    plan = step_of(rows).plan(x.size(0))
+    torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
+
+
+def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
+    """``v[s] = x A_s^T`` of each row's adapter, zeros elsewhere. ``v`` float32 ``[slices, M, R]``, ``x [M, K]``."""
+    if no_lora.item():
+        return
+    t = table_of_a(a)
+    packed = v.new_zeros(x.size(0), t.v_width)
+    torch.ops.polylora.shrink(packed, x, t.a, t.table, step_of(rows).plan(x.size(0)))
+    v.copy_(_by_slice(packed, v))
+
+
+def expand(y: Tensor, v: Tensor, b: Sequence[Tensor], rows: Tensor, no_lora: Tensor, offset: int) -> None:
+    """``y[:, offset + ...] += v[s] B_s^T`` of each row's adapter. ``v [slices, M, R]`` of any float dtype."""
+    if no_lora.item():
+        return
+    t = table_of_b(b)
+    packed = torch.empty(v.size(1), t.v_width, dtype=torch.float32, device=v.device)
+    _by_slice(packed, v).copy_(v)
+    plan = step_of(rows).plan(v.size(1))
+    torch.ops.polylora.expand_(y, packed, t.b, t.table, plan, t.widths, [offset + col for col in t.cols])
+
+
+def _by_slice(packed: Tensor, v: Tensor) -> Tensor:
+    """polylora's v ``[M, v_width]``, slices padded to multiples of 8 columns, seen as vLLM's ``[slices, M, R]``."""
+    return packed.view(packed.size(0), v.size(0), -1)[..., : v.size(2)].transpose(0, 1)
+
+
+def _register(name: str, function: Callable[..., None], arguments: str) -> None:
+    _LIBRARY.define(f"{name}({arguments}) -> ()")
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, function, device)
+    torch.library.register_fake(f"polylora_vllm::{name}", lambda *args: None, lib=_LIBRARY)
+
+
+_register("linear", linear, "Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor no_lora")
+_register("shrink", shrink, "Tensor(a!) v, Tensor x, Tensor[] a, Tensor rows, Tensor no_lora")
+_register("expand", expand, "Tensor(a!) y, Tensor v, Tensor[] b, Tensor rows, Tensor no_lora, SymInt offset")

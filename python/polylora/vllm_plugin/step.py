@@ -1,0 +1,157 @@
+"""Which adapter each row of a step uses, and the plan made of it.
+
+vLLM tells the wrapper before a forward pass which adapter each token uses, and only if that changed; it does not tell
+how many rows the pass will have once they are padded to a captured graph's. So the rows are kept on the device at one
+address, -1 behind the last token, and the plan is made *inside* the pass, by the first LoRA op of it: a captured graph
+holds the plan's kernel, and each replay plans for the rows of its own step.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from polylora.plan import plan_size
+from polylora.table import round_up
+
+if TYPE_CHECKING:
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+
+_STEPS: weakref.WeakValueDictionary[int, StepRows] = weakref.WeakValueDictionary()
+_MARK = "_polylora_plan"
+
+
+def slots_of(ids: Sequence[int], slot_ids: Sequence[int | None]) -> np.ndarray:
+    """The slot of each row, int32 ``[rows]``; -1: the base model.
+
+    Args:
+        ids: vLLM's number of the adapter of each row; 0 or less: none.
+        slot_ids: the number of the adapter in each slot, None where there is none.
+
+    Raises KeyError for an adapter that is in no slot.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    slots = np.full(ids.shape, -1, dtype=np.int32)
+    for slot, adapter in enumerate(slot_ids):
+        if adapter is not None and adapter > 0:
+            slots[ids == adapter] = slot
+    lost = ids[(ids > 0) & (slots < 0)]
+    if lost.size:
+        raise KeyError(f"polylora: the adapter of number {lost[0]} is in no slot, these are: {list(slot_ids)}")
+    return slots
+
+
+class StepRows:
+    """The rows of one of vLLM's two mappings, tokens or logits, at one address for good.
+
+    It takes over the tensors of ``meta``, which vLLM's own kernels and expert parallelism read: they are parts of one
+    buffer, so that a step takes one copy from pinned memory and no synchronisation.
+
+    Args:
+        meta: whose tensors are replaced; its counters on the host are kept up to date.
+        capacity: rows of the longest forward pass.
+        num_slots: adapter slots.
+    """
+
+    def __init__(self, meta: LoRAKernelMeta, capacity: int, num_slots: int, device: torch.device | str) -> None:
+        self.capacity = round_up(capacity, 256)  # graphs are padded, and may be a little longer than a step
+        self.num_slots = num_slots
+        self._meta = meta
+        self._parts = np.cumsum([self.capacity, self.capacity, num_slots + 1, num_slots + 1, num_slots + 2])
+        self._buffer = torch.empty(int(self._parts[-1]), dtype=torch.int32, device=device)
+        self._plan = torch.zeros(plan_size(self.capacity, num_slots), dtype=torch.int32, device=device)
+        self._on_cuda = self._buffer.device.type == "cuda"
+        self.rows, order, active, counts, starts = self._split(self._buffer)
+        meta.token_lora_mapping, meta.token_indices_sorted_by_lora_ids = self.rows, order
+        meta.active_lora_ids, meta.num_tokens_per_lora, meta.lora_token_start_loc = active, counts, starts
+        self.no_lora = meta.no_lora_flag_cpu
+        _STEPS[self.rows.data_ptr()] = self
+        self.update(np.empty(0, dtype=np.int32))
+
+    def _split(self, buffer):
+        """The buffer's parts: slot of each row, order of the rows, then adapters, their rows, where these start."""
+        begins = [0, *self._parts[:-1].tolist()]
+        return [buffer[begin:end] for begin, end in zip(begins, self._parts.tolist(), strict=True)]
+
+    def update(self, slots: np.ndarray) -> None:
+        """Takes the rows of the coming steps. ``slots``: int32 ``[rows]``, -1 = none. No synchronisation.
+
+        The rows behind them, up to the capacity, have no adapter: a graph that is padded to more rows than the step
+        has must not follow what an earlier step left there.
+        """
+        if slots.size > self.capacity:
+            raise ValueError(f"polylora: a step has up to {self.capacity} rows, got {slots.size}")
+        # Pinned anew each time: the block goes back to its allocator once the copy has run, so that the next step's
+        # numbers cannot reach a copy in flight.
+        staging = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._on_cuda)
+        adapters = self._fill(slots, *self._split(staging.numpy()))
+        self._buffer.copy_(staging, non_blocking=self._on_cuda)
+        self._set_counters(adapters)
+
+    @staticmethod
+    def _fill(slots: np.ndarray, rows, order, active, counts, starts) -> int:
+        """Fills the buffer's parts as vLLM's ``LoRAKernelMeta`` does, and returns how many groups of rows there are:
+        adapters, and one of the rows without; 0 where no row has one."""
+        rows[: slots.size], rows[slots.size :] = slots, -1
+        order[:], active[:], counts[:], starts[:] = 0, -1, 0, 0
+        if not (slots >= 0).any():
+            return 0
+        order[: slots.size] = np.argsort(slots, kind="stable")
+        found, sizes = np.unique(slots, return_counts=True)
+        active[: found.size], counts[: found.size] = found, sizes
+        starts[1 : 1 + found.size] = np.cumsum(sizes)
+        return found.size
+
+    def _set_counters(self, adapters: int) -> None:
+        """The numbers that ops read on the host. ``adapters``: 0 = no row has one."""
+        captured = self._meta.captured_lora_counts
+        at = bisect.bisect_left(captured, adapters)
+        self._meta.num_active_loras_cpu.fill_(captured[at] if adapters and at < len(captured) else adapters)
+        self.no_lora.fill_(adapters == 0)
+
+    def plan(self, rows: int) -> Tensor:
+        """The plan of the first ``rows`` rows, int32 ``[plan_size(rows, num_slots)]``, filled once a forward pass.
+
+        All passes share one buffer: each fills it before it reads it, and they follow each other on the device.
+        """
+        if rows > self.capacity:
+            raise ValueError(f"polylora: a forward pass has up to {self.capacity} rows, got {rows}")
+        capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
+        marks = _marks_of_this_pass()
+        made = marks.get(id(self))
+        if made is not None and made[:2] == (rows, capturing):
+            return made[2]
+        plan = self._plan[: plan_size(rows, self.num_slots)]
+        torch.ops.polylora.plan(plan, self.rows[:rows], self.num_slots)
+        marks[id(self)] = (rows, capturing, plan)
+        return plan
+
+
+def _marks_of_this_pass() -> dict[int, tuple[int, bool, Tensor]]:
+    """Which plans this forward pass has made: by :class:`StepRows`, for how many rows, and whether under capture.
+
+    vLLM makes a new context for each pass. Without one (vision towers, logits) nothing is remembered.
+    """
+    if not is_forward_context_available():
+        return {}
+    context = get_forward_context()
+    marks = getattr(context, _MARK, None)
+    if marks is None:
+        marks = {}
+        setattr(context, _MARK, marks)
+    return marks
+
+
+def step_of(rows: Tensor) -> StepRows:
+    """The step that ``rows`` is a tensor of. Raises LookupError for another tensor."""
+    step = _STEPS.get(rows.data_ptr())
+    if step is None:
+        raise LookupError(f"polylora_vllm: rows must be a PolyloraPunicaWrapper's, got a tensor {list(rows.shape)}")
+    return step

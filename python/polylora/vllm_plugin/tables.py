@@ -1,0 +1,176 @@
+"""vLLM's slot tensors as slice tables: in place, with the true rank of the adapter in each slot.
+
+A slot has room for ``max_lora_rank`` ranks and is padded with zeros; a table that knows the adapter's own rank spares
+the kernels the padding. vLLM tells it to the layer, by ``set_lora`` and ``reset_lora``, which are therefore followed
+on every layer that is given our wrapper. Tables change in place: a captured graph sees the new ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+from polylora._host import MAX_SLICES
+from polylora.adapters import MAX_RANK
+from polylora.table import SliceTable
+
+logger = logging.getLogger("vllm.polylora")
+
+_SERVED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_said: set[str] = set()
+_TABLE = "_polylora_table"  # of a layer; private names stay with the layer where vLLM forwards others to its base
+
+# By the address of the first slice. A layer's table lives as long as the layer; a table holds its tensors, so that
+# no other tensor can have the address while it is here.
+_BY_A: weakref.WeakValueDictionary[int, SliceTable] = weakref.WeakValueDictionary()
+_BY_B: weakref.WeakValueDictionary[int, SliceTable] = weakref.WeakValueDictionary()
+_UNANNOUNCED: list[SliceTable] = []
+
+
+# ------------------------------------------------------------------------------------------------------ what is served
+
+
+def say_once(sentence: str) -> bool:
+    """Logs a sentence unless it was said before. Returns True."""
+    if sentence not in _said:
+        _said.add(sentence)
+        logger.warning("polylora: %s", sentence)
+    return True
+
+
+def refusal_of_slots(rank: int, slices: int, dtype: torch.dtype) -> str | None:
+    """Why slot tensors of ``rank`` are left to vLLM's kernels, or None."""
+    if rank > MAX_RANK:
+        return f"slots of rank {rank} (the most is {MAX_RANK})"
+    if slices > MAX_SLICES:
+        return f"{slices} slices (the most is {MAX_SLICES})"
+    if dtype not in _SERVED_DTYPES:
+        return f"LoRA weights of {dtype}"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- the layers
+
+
+def follow_layers(wrapper: type) -> None:
+    """Has every layer that is given a ``wrapper`` announce itself; may be called any number of times."""
+    original = BaseLayerWithLoRA.set_mapping
+    if getattr(original, "_polylora", False):
+        return
+
+    @functools.wraps(original)
+    def set_mapping(self, punica_wrapper):
+        original(self, punica_wrapper)
+        if isinstance(punica_wrapper, wrapper):
+            adopt(self)
+
+    set_mapping._polylora = True
+    BaseLayerWithLoRA.set_mapping = set_mapping
+
+
+def adopt(layer: nn.Module) -> None:
+    """Makes the layer's table and keeps it up to date from now on. Layers that are not served are named in the log."""
+    if getattr(layer, _TABLE, None) is not None:
+        return
+    name = type(layer).__name__
+    if not isinstance(layer, BaseLinearLayerWithLoRA | VocabParallelEmbeddingWithLoRA | LogitsProcessorWithLoRA):
+        say_once(f"{name} keeps vLLM's kernels.")
+        return
+    a, b = _slices_of(layer)
+    reason = refusal_of_slots(b[0].size(-1), len(b), b[0].dtype)
+    if isinstance(layer, BaseLinearLayerWithLoRA) and layer.lora_config.fully_sharded_loras:
+        reason = "fully sharded LoRA"
+    if reason is not None:
+        say_once(f"{name} keeps vLLM's kernels: {reason}.")
+        return
+    with torch.inference_mode(False):  # later adapters may come in either mode
+        table = _table_of(layer, a, b)
+    _announce(table)
+    setattr(layer, _TABLE, table)
+    _follow_slots(layer, table)
+
+
+def _slices_of(layer: nn.Module) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
+    return ((a,), (b,)) if isinstance(a, Tensor) else (a, b)
+
+
+def _table_of(layer: nn.Module, a: Sequence[Tensor], b: Sequence[Tensor]) -> SliceTable:
+    """A table of what the slots hold now. Of an adapter that was there before, the slot's whole rank is used."""
+    used = torch.stack([t.flatten(1).any(1) for t in a]).any(0).tolist()
+    ranks = [b[0].size(-1) if any_weight else 0 for any_weight in used]
+    if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+        return SliceTable.from_vllm_embedding(a[0], b[0], ranks)
+    return SliceTable.from_vllm(a, b, ranks)
+
+
+def _follow_slots(layer: nn.Module, table: SliceTable) -> None:
+    """Replaces the layer's ``set_lora`` and ``reset_lora`` by ones that tell the table as well."""
+    set_lora, reset_lora = layer.set_lora, layer.reset_lora
+
+    @functools.wraps(set_lora)
+    def set_and_tell(index: int, lora_a, lora_b) -> None:
+        set_lora(index, lora_a, lora_b)  # which resets the slot first, and thereby clears the table's
+        table.set_slot(index, true_ranks(layer, len(table.widths), lora_a, lora_b))
+
+    @functools.wraps(reset_lora)
+    def reset_and_tell(index: int) -> None:
+        reset_lora(index)
+        table.clear_slot(index)
+
+    layer.set_lora, layer.reset_lora = set_and_tell, reset_and_tell
+
+
+def true_ranks(layer: nn.Module, slices: int, lora_a, lora_b) -> list[int]:
+    """The rank of each slice of an adapter, 0 where it leaves one out.
+
+    Args:
+        lora_a: ``[r, k]`` (an embedding: ``[r, vocab]``), for all slices, or a list of such, None where one is absent.
+        lora_b: ``[outputs, r]`` or a list. Fewer than slices: some cover several, as the layer itself knows.
+    """
+    if isinstance(lora_a, Tensor):
+        return [lora_a.size(0)] * slices
+    if isinstance(lora_b, list) and len(lora_b) != slices:
+        lora_a, lora_b = layer.expand_packed_lora(lora_a, lora_b)
+    halves = zip(lora_a, lora_b, strict=True)
+    return [0 if a is None or b is None else a.size(0) for a, b in halves]
+
+
+# --------------------------------------------------------------------------------------------------------- the look-up
+
+
+def _announce(table: SliceTable) -> None:
+    _BY_A[table.a[0].data_ptr()] = table
+    _BY_B[table.b[0].data_ptr()] = table
+
+
+def table_of_a(a: Sequence[Tensor]) -> SliceTable:
+    """The table of slot tensors A, one a slice."""
+    table = _BY_A.get(a[0].data_ptr())
+    if table is None:
+        table = _unannounced(a, [t.new_zeros(t.size(0), 1, 8, t.size(-2)) for t in a])
+    return table
+
+
+def table_of_b(b: Sequence[Tensor]) -> SliceTable:
+    """The table of slot tensors B, one a slice."""
+    table = _BY_B.get(b[0].data_ptr())
+    if table is None:
+        table = _unannounced([t.new_zeros(t.size(0), 1, t.size(-1), 8) for t in b], b)
+    return table
+
+
+def _unannounced(a: Sequence[Tensor], b: Sequence[Tensor]) -> SliceTable:
+    """A table of tensors that belong to no layer we know: every slot is used at its whole rank, kept for good."""
+    say_once(f"slot tensors {list(a[0].shape)} of no known layer are used at their whole rank.")
+    table = SliceTable.from_vllm(a, b, [b[0].size(-1)] * b[0].size(0))
+    _UNANNOUNCED.append(table)
+    _announce(table)
+    return table

@@ -1,0 +1,181 @@
+"""The class that vLLM's LoRA layers call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+import polylora.vllm_plugin.ops  # noqa: F401  (registers torch.ops.polylora_vllm)
+from polylora.vllm_plugin.step import StepRows, slots_of
+from polylora.vllm_plugin.tables import follow_layers, refusal_of_slots, say_once
+
+# While torch.compile traces, what is constant there is said there, once; no part of it is left in the model.
+_say_while_tracing = torch.compiler.assume_constant_result(say_once)
+
+
+class PolyloraPunicaWrapper(PunicaWrapperGPU):
+    """vLLM's wrapper with polylora's kernels under the dense layers, embeddings and logits.
+
+    - ``update_metadata`` puts a step's rows on the device without a synchronisation.
+    - A layer takes one fused op, on vLLM's slot tensors in place, at the true ranks of the adapters.
+    - The experts of MoE layers (``add_lora_w13``, ``add_lora_w2``) are served by vLLM's own kernels for now: those
+      methods are inherited, and what they read is kept up to date.
+    - So is what polylora does not serve: an output of another dtype than its input, more than 256 ranks or 8 slices,
+      fully sharded LoRA. Shapes and dtypes decide it, the same at every call; the log says it once.
+
+    Two passes at a time over one wrapper (micro-batches on two streams) are not supported, nor are they by vLLM's own:
+    both would read the rows of the first.
+
+    Args:
+        max_num_batched_tokens: rows of the longest step.
+        max_batches: sequences of the largest step.
+        device: of the layers.
+        lora_config: vLLM's ``LoRAConfig``.
+    """
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        follow_layers(PolyloraPunicaWrapper)
+        self._fully_sharded = bool(self.lora_config.fully_sharded_loras)
+        with torch.inference_mode(False):  # steps may come in either mode
+            self._tokens = StepRows(self.token_mapping_meta, max_num_batched_tokens, self.max_loras, device)
+            self._prompts = StepRows(self.prompt_mapping_meta, max_num_batched_tokens, self.max_loras, device)
+
+    def update_metadata(
+        self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs
+    ) -> None:
+        """Takes the adapters of the coming steps' tokens and logits. Only queues work on the current stream."""
+        self.is_prefill = mapping.is_prefill
+        tokens = slots_of(mapping.index_mapping, lora_index_to_id)
+        prompts = slots_of(mapping.prompt_mapping, lora_index_to_id)
+        self._tokens.update(tokens)
+        self._prompts.update(prompts)
+        self._update_indices(vocab_size)
+        self.indices_len[:] = [tokens.size, prompts.size, prompts.size, tokens.size]
+
+    def _update_indices(self, vocab_size: int) -> None:
+        """The 64-bit indices that layers read: slots of tokens and logits, and ``slot * vocab_size``, 0 without."""
+        self._token_lora_indices.copy_(self._tokens.rows[: self._token_lora_indices.size(0)])
+        self._sampler_indices.copy_(self._prompts.rows[: self._sampler_indices.size(0)])
+        embeddings = self._embeddings_indices  # of 0.26: two rows, the second of which is meant
+        first_rows = embeddings[1] if embeddings.dim() == 2 else embeddings
+        torch.clamp(self._token_lora_indices, min=0, out=first_rows)
+        first_rows.mul_(vocab_size)
+
+    # ---------------------------------------------------------------------------------------- what the layers call
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        """``y += (x A^T) B^T``, slices side by side.
+
+        Args:
+            y: ``[M, sum of widths]``. With ``add_inputs=False``, which vLLM passes where it adds the delta itself, y
+                is zeros: adding to it is the same.
+            x: ``[M, K]``.
+            lora_a_stacked: ``[slots, 1, R, K]`` each; ``lora_b_stacked``: ``[slots, 1, width, R]`` each.
+        """
+        rank = lora_b_stacked[0].size(-1)
+        if self._fully_sharded or self._declines(y, x, lora_b_stacked, rank, scale):
+            assert buffer is None  # vLLM's own refuses one, too
+            buffer = torch.empty((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
+            super().add_shrink(buffer, x, lora_a_stacked, scale)
+            super().add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=kwargs.get("add_inputs", True))
+            return
+        torch.ops.polylora_vllm.linear(
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
+            list(lora_a_stacked),
+            list(lora_b_stacked),
+            self._tokens.rows,
+            self._tokens.no_lora,
+        )
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        *,
+        buffer: Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        """``y += (x A^T) B^T`` on the rows of the logits. ``y [M, >= vocab]``, ``x [M, hidden]``."""
+        if self._declines(y, x, (lora_b_stacked,), lora_b_stacked.size(-1), scale):
+            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
+            return
+        torch.ops.polylora_vllm.linear(
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
+            [lora_a_stacked],
+            [lora_b_stacked],
+            self._prompts.rows,
+            self._prompts.no_lora,
+        )
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs
+    ) -> None:
+        """``y += x B^T``. ``y [M, dim]``; ``x [M, R]``: the rows of A that vLLM gathered by token."""
+        if self._declines(y, x, (lora_b_stacked,), lora_b_stacked.size(-1), 1.0):
+            super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **kwargs)
+            return
+        torch.ops.polylora_vllm.expand(y, x.unsqueeze(0), [lora_b_stacked], self._tokens.rows, self._tokens.no_lora, 0)
+
+    def add_shrink(self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs) -> None:
+        """``y[s] = x A_s^T``, zeros where a row has no adapter. ``y`` float32 ``[slices, M, R]``, ``x [M, K]``."""
+        x = x.view(-1, x.shape[-1])
+        rank = lora_a_stacked[0].size(-2)
+        if self._fully_sharded or self._declines(x, x, lora_a_stacked, rank, scale):
+            super().add_shrink(y, x, lora_a_stacked, scale, **kwargs)
+            return
+        torch.ops.polylora_vllm.shrink(y, x, list(lora_a_stacked), self._tokens.rows, self._tokens.no_lora)
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_b_stacked: tuple[Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs,
+    ) -> None:
+        """``y[:, offset_start + ...] += x[s] B_s^T``, slices side by side. ``x`` float32 ``[slices, M, R]``."""
+        y = y.view(-1, y.shape[-1])
+        rank = lora_b_stacked[0].size(-1)
+        if self._fully_sharded or not add_inputs or self._declines(y, y, lora_b_stacked, rank, 1.0):
+            super().add_expand(y, x, lora_b_stacked, output_slices, offset_start, add_inputs, **kwargs)
+            return
+        rows, no_lora = self._tokens.rows, self._tokens.no_lora
+        torch.ops.polylora_vllm.expand(y, x, list(lora_b_stacked), rows, no_lora, offset_start)
+
+    # ------------------------------------------------------------------------------------- what vLLM's kernels serve
+
+    def _declines(self, y: Tensor, x: Tensor, weights: tuple[Tensor, ...], rank: int, scale: float) -> bool:
+        """Whether a call is left to vLLM's kernels: constants decide it, while torch.compile traces it.
+
+        Args:
+            weights: slot tensors, one a slice; ``rank``: what they have room for.
+        """
+        reason = refusal_of_slots(rank, len(weights), weights[0].dtype)
+        if reason is None and y.dtype != x.dtype:
+            reason = f"an output of {y.dtype} for an input of {x.dtype}"
+        if reason is None and x.dtype != weights[0].dtype:
+            reason = f"an input of {x.dtype} for LoRA weights of {weights[0].dtype}"
+        if reason is None and scale != 1.0:
+            reason = f"a scale of {scale} beside the weights"
+        return reason is not None and _say_while_tracing(f"layers with {reason} keep vLLM's kernels.")

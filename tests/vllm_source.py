@@ -1,0 +1,169 @@
+"""vLLM's own Python files, imported where vLLM is not installed, with stand-ins for what they cannot have there.
+
+``POLYLORA_VLLM_SOURCE`` names an unpacked source distribution of vLLM. What stands in for what:
+
+- packages that are not installed and that its LoRA layers never call (web clients, serialisers), and vLLM's own HTTP
+  front end: empty modules;
+- the Triton kernels ``lora_shrink`` and ``lora_expand``: the same in torch, from the metadata that they are given;
+- base layers: their GEMM, without tensor parallelism.
+
+Everything else, the layers with LoRA, their set_lora, the wrapper that ours inherits from and the forward context, is
+vLLM's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+SOURCE = os.environ.get("POLYLORA_VLLM_SOURCE")
+MISSING = (
+    "aiohttp", "cachetools", "cbor2", "cloudpickle", "cpuinfo", "fastapi", "msgspec", "openai", "openai_harmony",
+    "partial_json_parser", "prometheus_client", "pybase64", "requests", "urllib3", "einops", "llguidance", "uvloop", "xgrammar", "zmq",
+)  # fmt: skip
+FRONT_END = ("vllm.entrypoints", "vllm.parser", "vllm.reasoning", "vllm.tool_parsers")
+
+
+def require_vllm() -> None:
+    """Makes ``import vllm`` work, from the source tree; skips the module that calls it where there is none."""
+    if SOURCE is None:
+        pytest.skip("POLYLORA_VLLM_SOURCE names no source tree of vLLM", allow_module_level=True)
+    if "vllm" not in sys.modules:
+        assert (Path(SOURCE) / "vllm/lora/punica_wrapper/punica_gpu.py").is_file(), SOURCE
+        sys.path.insert(0, SOURCE)
+        sys.meta_path.insert(0, StandIns(FRONT_END))
+        sys.meta_path.append(StandIns(MISSING))
+    punica_gpu = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu")
+    metadata = importlib.import_module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
+    punica_gpu.LoRAKernelMeta = metadata.LoRAKernelMeta
+    punica_gpu.lora_shrink, punica_gpu.lora_expand = lora_shrink, lora_expand
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty modules for some names and whatever is below them."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if not any(f"{name}.".startswith(f"{top}.") for top in self.names):
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return StandIn(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+class Anything:
+    """A base class, a generic, a function, whatever an import or a class body makes of it."""
+
+    def __init_subclass__(cls, **kwargs):
+        pass
+
+    def __class_getitem__(cls, item):
+        return cls
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source, handler):
+        return {"type": "any"}
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+
+class StandIn(types.ModuleType):
+    __path__: list[str] = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = type(name, (Anything,), {}) if name[0].isupper() else Anything()
+        setattr(self, name, value)
+        return value
+
+
+# ------------------------------------------------------------------------------------- vLLM's kernels, in plain torch
+
+#: Names of the kernels that ran.
+calls: list[str] = []
+
+
+def groups(order, counts, starts, active, no_lora):
+    """(slot, row indices) of each group that has an adapter, as the Triton kernels walk them."""
+    if no_lora.item():
+        return
+    for at, slot in enumerate(active.tolist()):
+        if slot >= 0:
+            begin = int(starts[at])
+            yield slot, order[begin : begin + int(counts[at])].long()
+
+
+def lora_shrink(x, weights, y, mapping, order, counts, starts, active, no_lora, num_active, scale) -> None:
+    calls.append("shrink")
+    assert mapping.size(0) == order.size(0) == x.size(0) and active.size(0) == counts.size(0) == starts.size(0) - 1
+    if not no_lora.item():
+        y.zero_()
+    for slot, rows in groups(order, counts, starts, active, no_lora):
+        for s, a in enumerate(weights):
+            y[s, rows] = scale * x[rows].float() @ a[slot, 0].float().T
+
+
+def lora_expand(
+    x, weights, y, mapping, order, counts, starts, active, no_lora, num_active, offset_start=0, add_inputs=False
+) -> None:
+    calls.append("expand")
+    assert mapping.size(0) == order.size(0) == x.size(1)
+    for slot, rows in groups(order, counts, starts, active, no_lora):
+        begin = offset_start
+        for s, b in enumerate(weights):
+            columns = slice(begin, begin + b.size(2))
+            delta = x[s, rows].float() @ b[slot, 0].float().T
+            y[rows, columns] = (delta + (y[rows, columns].float() if add_inputs else 0)).to(y.dtype)
+            begin += b.size(2)
+
+
+# --------------------------------------------------------------------------------------------------------- base layers
+
+
+class PlainGemm:
+    """A quantisation method that does not quantise."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, layer.weight, bias).to(getattr(layer, "out_dtype", x.dtype))
+
+
+def base_linear(kind: str, k: int, widths: list[int], dtype: torch.dtype, **attributes) -> nn.Module:
+    """One of vLLM's linear classes on one rank, of random weights ``[sum of widths, k]``."""
+    linear = importlib.import_module("vllm.model_executor.layers.linear")
+
+    class Base(getattr(linear, kind)):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    base = Base()
+    base.weight = nn.Parameter(torch.randn(sum(widths), k).to(dtype) / k**0.5, requires_grad=False)
+    values = dict(
+        input_size=k, output_size=sum(widths), output_size_per_partition=sum(widths), input_size_per_partition=k,
+        output_sizes=list(widths), tp_size=1, tp_rank=0, bias=None, skip_bias_add=False, return_bias=False,
+        gather_output=False, input_is_parallel=True, reduce_results=False, quant_method=PlainGemm(), prefix="base",
+    )  # fmt: skip
+    for name, value in {**values, **attributes}.items():
+        setattr(base, name, value)
+    Base.__name__ = kind
+    return base
