@@ -59,7 +59,7 @@ def _refusal() -> str | None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
-        return f"the platform is {type(current_platform).__name__}, not CUDA"
+        return f"the platform is not CUDA ({type(current_platform).__name__})"
     try:
         polylora = importlib.import_module("polylora")
     except Exception as error:  # whatever it is, a server that can serve without polylora must start

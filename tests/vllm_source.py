@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 SOURCE = os.environ.get("POLYLORA_VLLM_SOURCE")
 MISSING = (
-    "aiohttp", "cachetools", "cbor2", "cloudpickle", "cpuinfo", "fastapi", "msgspec", "openai", "openai_harmony",
-    "partial_json_parser", "prometheus_client", "pybase64", "requests", "urllib3", "einops", "llguidance", "uvloop", "xgrammar", "zmq",
+    "aiohttp", "cachetools", "cbor2", "cloudpickle", "cpuinfo", "einops", "fastapi", "llguidance", "msgspec", "openai",
+    "openai_harmony", "partial_json_parser", "prometheus_client", "pybase64", "requests", "urllib3", "uvloop",
+    "xgrammar", "zmq",
 )  # fmt: skip
 FRONT_END = ("vllm.entrypoints", "vllm.parser", "vllm.reasoning", "vllm.tool_parsers")
 
@@ -148,6 +149,36 @@ class PlainGemm:
         return nn.functional.linear(x, layer.weight, bias).to(getattr(layer, "out_dtype", x.dtype))
 
 
+def base_embedding(vocab: int, dim: int, dtype: torch.dtype) -> nn.Module:
+    """vLLM's embedding on one rank, of random weights."""
+    embedding = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding").VocabParallelEmbedding
+
+    class Base(embedding):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.embedding(ids, self.weight)
+
+    base = Base()
+    base.weight = nn.Parameter(torch.randn(vocab, dim).to(dtype), requires_grad=False)
+    base.num_added_embeddings_per_partition, base.org_vocab_size, base.embedding_dim = 0, vocab, dim
+    return base
+
+
+class PlainHead:
+    """What LogitsProcessorWithLoRA asks of the base's logits processor. ``dtype``: of the logits."""
+
+    def __init__(self, vocab: int, weight: Tensor, dtype: torch.dtype):
+        self.vocab_size, self.weight, self.dtype = vocab, weight, dtype
+
+    def _apply_head(self, lm_head, x: Tensor, bias) -> Tensor:
+        return nn.functional.linear(x.to(self.dtype), self.weight.to(self.dtype))
+
+    def _gather_logits(self, logits: Tensor) -> Tensor:
+        return logits
+
+
 def base_linear(kind: str, k: int, widths: list[int], dtype: torch.dtype, **attributes) -> nn.Module:
     """One of vLLM's linear classes on one rank, of random weights ``[sum of widths, k]``."""
     linear = importlib.import_module("vllm.model_executor.layers.linear")
@@ -158,12 +189,12 @@ def base_linear(kind: str, k: int, widths: list[int], dtype: torch.dtype, **attr
 
     base = Base()
     base.weight = nn.Parameter(torch.randn(sum(widths), k).to(dtype) / k**0.5, requires_grad=False)
-    values = dict(
-        input_size=k, output_size=sum(widths), output_size_per_partition=sum(widths), input_size_per_partition=k,
-        output_sizes=list(widths), tp_size=1, tp_rank=0, bias=None, skip_bias_add=False, return_bias=False,
-        gather_output=False, input_is_parallel=True, reduce_results=False, quant_method=PlainGemm(), prefix="base",
-    )  # fmt: skip
-    for name, value in {**values, **attributes}.items():
+    sizes = {"input_size": k, "output_size": sum(widths), "output_sizes": list(widths), "tp_size": 1, "tp_rank": 0}
+    shards = {"input_size_per_partition": k, "output_size_per_partition": sum(widths)}
+    flags = {"skip_bias_add": False, "return_bias": False, "gather_output": False, "input_is_parallel": True}
+    rest = {"bias": None, "reduce_results": False, "quant_method": PlainGemm(), "prefix": "base"}
+    values = {**sizes, **shards, **flags, **rest, **attributes}
+    for name, value in values.items():
         setattr(base, name, value)
     Base.__name__ = kind
     return base

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polylora.vllm_plugin.step import step_of
-from polylora.vllm_plugin.tables import table_of_a, table_of_b
+from polylora.vllm_plugin.tables import announce_whole, table_of_a, table_of_b
 
 _LIBRARY = torch.library.Library("polylora_vllm", "FRAGMENT")
 
@@ -39,6 +39,7 @@ def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Ten
     """``v[s] = x A_s^T`` of each row's adapter, zeros elsewhere. ``v`` float32 ``[slices, M, R]``, ``x [M, K]``."""
     if no_lora.item():
         return
+    announce_whole(a)  # of a classification head's full weights, which vLLM shrinks by, too
     t = table_of_a(a)
     packed = v.new_zeros(x.size(0), t.v_width)
     torch.ops.polylora.shrink(packed, x, t.a, t.table, step_of(rows).plan(x.size(0)))

@@ -64,8 +64,8 @@ class StepRows:
         self.capacity = round_up(capacity, 256)  # graphs are padded, and may be a little longer than a step
         self.num_slots = num_slots
         self._meta = meta
-        self._parts = np.cumsum([self.capacity, self.capacity, num_slots + 1, num_slots + 1, num_slots + 2])
-        self._buffer = torch.empty(int(self._parts[-1]), dtype=torch.int32, device=device)
+        self._sizes = (self.capacity, self.capacity, num_slots + 1, num_slots + 1, num_slots + 2)
+        self._buffer = torch.empty(sum(map(_aligned, self._sizes)), dtype=torch.int32, device=device)
         self._plan = torch.zeros(plan_size(self.capacity, num_slots), dtype=torch.int32, device=device)
         self._on_cuda = self._buffer.device.type == "cuda"
         self.rows, order, active, counts, starts = self._split(self._buffer)
@@ -77,8 +77,11 @@ class StepRows:
 
     def _split(self, buffer):
         """The buffer's parts: slot of each row, order of the rows, then adapters, their rows, where these start."""
-        begins = [0, *self._parts[:-1].tolist()]
-        return [buffer[begin:end] for begin, end in zip(begins, self._parts.tolist(), strict=True)]
+        parts, begin = [], 0
+        for size in self._sizes:
+            parts.append(buffer[begin : begin + size])
+            begin += _aligned(size)
+        return parts
 
     def update(self, slots: np.ndarray) -> None:
         """Takes the rows of the coming steps. ``slots``: int32 ``[rows]``, -1 = none. No synchronisation.
@@ -132,6 +135,11 @@ class StepRows:
         torch.ops.polylora.plan(plan, self.rows[:rows], self.num_slots)
         marks[id(self)] = (rows, capturing, plan)
         return plan
+
+
+def _aligned(words: int) -> int:
+    """int32 words up to the next 256 bytes: vLLM's kernels are compiled for pointers as aligned as an allocation's."""
+    return round_up(words, 64)
 
 
 def _marks_of_this_pass() -> dict[int, tuple[int, bool, Tensor]]:

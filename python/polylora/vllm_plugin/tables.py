@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ _TABLE = "_polylora_table"  # of a layer; private names stay with the layer wher
 # no other tensor can have the address while it is here.
 _BY_A: weakref.WeakValueDictionary[int, SliceTable] = weakref.WeakValueDictionary()
 _BY_B: weakref.WeakValueDictionary[int, SliceTable] = weakref.WeakValueDictionary()
-_UNANNOUNCED: list[SliceTable] = []
+_WHOLE: list[SliceTable] = []
 
 
 # ------------------------------------------------------------------------------------------------------ what is served
@@ -152,25 +152,30 @@ def _announce(table: SliceTable) -> None:
 
 
 def table_of_a(a: Sequence[Tensor]) -> SliceTable:
-    """The table of slot tensors A, one a slice."""
-    table = _BY_A.get(a[0].data_ptr())
-    if table is None:
-        table = _unannounced(a, [t.new_zeros(t.size(0), 1, 8, t.size(-2)) for t in a])
-    return table
+    """The table of slot tensors A, one a slice. Raises LookupError for tensors of no layer that announced itself."""
+    return _look_up(_BY_A, "a", a)
 
 
 def table_of_b(b: Sequence[Tensor]) -> SliceTable:
-    """The table of slot tensors B, one a slice."""
-    table = _BY_B.get(b[0].data_ptr())
+    """The table of slot tensors B, one a slice. Raises LookupError for tensors of no layer that announced itself."""
+    return _look_up(_BY_B, "b", b)
+
+
+def _look_up(tables: Mapping[int, SliceTable], name: str, slices: Sequence[Tensor]) -> SliceTable:
+    table = tables.get(slices[0].data_ptr())
     if table is None:
-        table = _unannounced([t.new_zeros(t.size(0), 1, t.size(-1), 8) for t in b], b)
+        got = f"a tensor {list(slices[0].shape)}"
+        raise LookupError(f"polylora_vllm: {name}[0] must be a layer's whose set_mapping was called, got {got}")
     return table
 
 
-def _unannounced(a: Sequence[Tensor], b: Sequence[Tensor]) -> SliceTable:
-    """A table of tensors that belong to no layer we know: every slot is used at its whole rank, kept for good."""
-    say_once(f"slot tensors {list(a[0].shape)} of no known layer are used at their whole rank.")
-    table = SliceTable.from_vllm(a, b, [b[0].size(-1)] * b[0].size(0))
-    _UNANNOUNCED.append(table)
+def announce_whole(a: Sequence[Tensor]) -> None:
+    """Makes a table for tensors ``[slots, 1, R, K]`` that are multiplied like an A but belong to no LoRA layer, if
+    there is none: every slot is used whole, and the table is kept for good."""
+    if a[0].data_ptr() in _BY_A:
+        return
+    table = SliceTable.from_vllm(
+        a, [t.new_zeros(t.size(0), 1, 8, t.size(-2)) for t in a], [a[0].size(-2)] * a[0].size(0)
+    )
+    _WHOLE.append(table)
     _announce(table)
-    return table

@@ -39,6 +39,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         follow_layers(PolyloraPunicaWrapper)
         self._fully_sharded = bool(self.lora_config.fully_sharded_loras)
+        self._embeddings_indices.zero_()
         with torch.inference_mode(False):  # steps may come in either mode
             self._tokens = StepRows(self.token_mapping_meta, max_num_batched_tokens, self.max_loras, device)
             self._prompts = StepRows(self.prompt_mapping_meta, max_num_batched_tokens, self.max_loras, device)

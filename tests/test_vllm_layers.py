@@ -1,0 +1,577 @@
+"""vLLM's LoRA layers on polylora's wrapper, against float64. vLLM's own files; vllm_source.py says what is not."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import vllm_source
+from torch import Tensor
+
+vllm_source.require_vllm()
+
+from polylora.vllm_plugin import step, tables  # noqa: E402
+from polylora.vllm_plugin.wrapper import PolyloraPunicaWrapper  # noqa: E402
+from vllm.config.lora import LoRAConfig  # noqa: E402
+from vllm.lora import layers as vllm_layers  # noqa: E402
+from vllm.lora.layers import LoRAMapping  # noqa: E402
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
+
+SLOTS, RANK, K, VOCAB = 4, 16, 48, 40
+EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# kind of the base, class with LoRA, widths of the slices
+LINEARS = {
+    "replicated": ("ReplicatedLinear", "ReplicatedLinearWithLoRA", [40]),
+    "row": ("RowParallelLinear", "RowParallelLinearWithLoRA", [24]),
+    "column": ("ColumnParallelLinear", "ColumnParallelLinearWithLoRA", [19]),
+    "gate_up": ("MergedColumnParallelLinear", "MergedColumnParallelLinearWithLoRA", [40, 40]),
+    "qkv": ("QKVParallelLinear", "MergedQKVParallelLinearWithLoRA", [64, 16, 16]),
+    "variable": ("MergedColumnParallelLinear", "MergedColumnParallelLinearVariableSliceWithLoRA", [8, 24, 16, 32]),
+}
+HEADS = {"num_heads": 8, "num_kv_heads": 2, "total_num_heads": 8, "total_num_kv_heads": 2, "head_size": 8}
+
+
+@pytest.fixture(params=list(EPS), ids=["bf16", "fp16"])
+def half(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    vllm_source.calls.clear()
+    tables._said.clear()
+
+
+def lora_config(dtype=torch.bfloat16, rank=RANK, **kwargs):
+    return LoRAConfig(max_lora_rank=rank, max_loras=SLOTS, lora_dtype=dtype, **kwargs)
+
+
+def make_wrapper(config, tokens=64):
+    return PolyloraPunicaWrapper(tokens, 16, "cpu", lora_config=config)
+
+
+def make_linear(name, dtype, wrapper, config):
+    kind, with_lora, widths = LINEARS[name]
+    base = vllm_source.base_linear(kind, K, widths, dtype, num_kv_head_replicas=1, **HEADS)
+    layer = getattr(vllm_layers, with_lora)(base)
+    layer.create_lora_weights(SLOTS, config)
+    layer.set_mapping(wrapper)
+    return layer
+
+
+def adapter(widths, rank, dtype, absent=(), k=K):
+    """A and B of each slice; None where the adapter leaves it out."""
+    a = [None if s in absent else (torch.randn(rank, k) / k**0.5).to(dtype) for s in range(len(widths))]
+    b = [None if s in absent else torch.randn(w, rank).to(dtype) for s, w in enumerate(widths)]
+    return a, b
+
+
+def put(layer, slot, weights):
+    """Loads an adapter as vLLM does: tensors for a layer of one slice, lists for others."""
+    a, b = weights
+    layer.set_lora(slot, *((a[0], b[0]) if len(a) == 1 else (a, b)))
+
+
+def step_of_ids(wrapper, ids, slot_ids, prompts=(), vocab=VOCAB):
+    wrapper.update_metadata(LoRAMapping(tuple(ids), tuple(prompts), is_prefill=True), slot_ids, SLOTS + 1, vocab)
+
+
+def check(got: Tensor, base: Tensor, x: Tensor, ids, adapters, widths) -> None:
+    """Rows with an adapter against float64, the others bit for bit; and the delta must be worth speaking of."""
+    want = base.double().clone()
+    for row, adapter_id in enumerate(ids):
+        if adapter_id <= 0:
+            continue
+        begin = 0
+        for a, b, width in zip(*adapters[adapter_id], widths, strict=True):
+            if a is not None:
+                want[row, begin : begin + width] += b.double() @ (a.double() @ x[row].double())
+            begin += width
+    with_lora = torch.tensor([i > 0 for i in ids] + [False] * (len(base) - len(ids)))
+    assert torch.equal(got[~with_lora], base[~with_lora])
+    if with_lora.any():
+        error = (got.double() - want).abs()
+        assert (error <= EPS[base.dtype] * want.abs() + 1e-3 * EPS[base.dtype]).all(), error.max()
+        delta = (want - base.double())[with_lora].norm() / want[with_lora].norm()
+        assert delta > 0.12
+
+
+# ------------------------------------------------------------------------------------------------------ the interface
+
+
+def test_methods_take_what_vllms_take():
+    """Every argument of vLLM's, at its place, with its default; more may be swallowed."""
+    for name in (
+        "update_metadata", "add_shrink", "add_expand", "add_lora_embedding", "add_lora_linear", "add_lora_logits",
+    ):  # fmt: skip
+        ours, theirs = (inspect.signature(getattr(c, name)) for c in (PolyloraPunicaWrapper, PunicaWrapperGPU))
+        assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
+            (p.name, p.kind, p.default) for p in theirs.parameters.values()
+        ], name
+
+
+def test_moe_is_inherited():
+    for name in ("add_lora_w13", "add_lora_w2", "moe_lora_align_block_size", "add_lora_fused_moe"):
+        assert getattr(PolyloraPunicaWrapper, name) is getattr(PunicaWrapperGPU, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear(name, half):
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear(name, half, wrapper, config)
+    widths = LINEARS[name][2]
+    adapters = {1: adapter(widths, 8, half), 7: adapter(widths, RANK, half), 9: adapter(widths, 3, half)}
+    put(layer, 0, adapters[1])
+    put(layer, 3, adapters[7])
+    put(layer, 2, adapters[9])
+    ids = [1, 0, 7, 7, -1, 9, 1, 0]
+    step_of_ids(wrapper, ids, [1, None, 9, 7])
+    x = torch.randn(11, K).to(half)  # three rows of padding
+    check(layer(x), layer.base_layer.quant_method.apply(layer.base_layer, x), x, ids, adapters, widths)
+    assert not vllm_source.calls
+
+
+@pytest.mark.parametrize("name", ["gate_up", "qkv", "variable"])
+def test_absent_slices(name, half):
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear(name, half, wrapper, config)
+    widths = LINEARS[name][2]
+    adapters = {1: adapter(widths, 8, half, absent=(1,)), 2: adapter(widths, 4, half, absent=(0,))}
+    put(layer, 1, adapters[1])
+    put(layer, 0, adapters[2])
+    ids = [2, 1, 0, 1]
+    step_of_ids(wrapper, ids, [2, 1, None, None])
+    x = torch.randn(4, K).to(half)
+    check(layer(x), layer.base_layer.quant_method.apply(layer.base_layer, x), x, ids, adapters, widths)
+    assert layer._polylora_table.words()[1, :, 1].tolist() == [0 if s == 1 else 8 for s in range(len(widths))]
+
+
+def test_one_adapter_over_several_slices(half):
+    """Two weights for four slices (in_proj_qkv and in_proj_z), and one for all."""
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear("variable", half, wrapper, config)
+    widths = LINEARS["variable"][2]
+    (a_qkv, a_z), (b_qkv, b_z) = adapter([48, 32], 8, half)
+    a_z, b_z = a_z[:4], b_z[:, :4]
+    layer.set_lora(0, [a_qkv, a_z], [b_qkv, b_z])
+    (a_all,), (b_all,) = adapter([80], 5, half)
+    layer.set_lora(1, a_all, b_all)
+    assert layer._polylora_table.words()[:2, :, 1].tolist() == [[8, 8, 8, 4], [5, 5, 5, 5]]
+    adapters = {1: ([a_qkv] * 3 + [a_z], [*b_qkv.split(widths[:3]), b_z]), 2: ([a_all] * 4, b_all.split(widths))}
+    ids = [1, 2, 0]
+    step_of_ids(wrapper, ids, [1, 2, None, None])
+    x = torch.randn(3, K).to(half)
+    check(layer(x), layer.base_layer.quant_method.apply(layer.base_layer, x), x, ids, adapters, widths)
+
+
+def test_slots_change_under_the_same_tensors(half):
+    """Other mappings, other adapters, other ranks, removal: at the addresses that a captured graph would hold."""
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear("qkv", half, wrapper, config)
+    widths = LINEARS["qkv"][2]
+    table = layer._polylora_table
+    addresses = [t.data_ptr() for t in (wrapper._tokens.rows, table.table, *table.a, *table.b)]
+    assert [t.data_ptr() for t in (*layer.lora_a_stacked, *layer.lora_b_stacked)] == addresses[2:]
+    x = torch.randn(6, K).to(half)
+    base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+    adapters = {1: adapter(widths, 16, half), 2: adapter(widths, 4, half)}
+    put(layer, 0, adapters[1])
+    for ids in ([1] * 6, [0, 1, 0, 1, 1, 0], [1], [0] * 6, []):
+        step_of_ids(wrapper, ids, [1, None, None, None])
+        check(layer(x), base, x, ids, adapters, widths)
+    put(layer, 0, adapters[2])  # of a lower rank, in the same slot
+    assert table.words()[0, :, 1].tolist() == [4, 4, 4]
+    step_of_ids(wrapper, [2, 2, 0, 2], [2, None, None, None])
+    check(layer(x), base, x, [2, 2, 0, 2], adapters, widths)
+    layer.reset_lora(0)
+    assert not table.words()[0, :, 1].any()
+    assert torch.equal(layer(x), base)
+    now = [t.data_ptr() for t in (wrapper._tokens.rows, table.table, *table.a, *table.b)]
+    assert now == addresses
+
+
+def test_padding_beyond_the_true_rank_is_not_read(half):
+    """The ranks do arrive: with NaN behind them nothing changes."""
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear("gate_up", half, wrapper, config)
+    widths = LINEARS["gate_up"][2]
+    adapters = {3: adapter(widths, 5, half)}
+    put(layer, 2, adapters[3])
+    for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+        a[2, 0, 5:], b[2, 0, :, 5:], a[0], b[1] = (float("nan"),) * 4
+    step_of_ids(wrapper, [3, 0, 3], [None, None, 3, None])
+    x = torch.randn(3, K).to(half)
+    check(layer(x), layer.base_layer.quant_method.apply(layer.base_layer, x), x, [3, 0, 3], adapters, widths)
+
+
+def test_slots_filled_before_the_wrapper_came(half):
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear("gate_up", half, object(), config)
+    widths = LINEARS["gate_up"][2]
+    adapters = {1: adapter(widths, 5, half)}
+    put(layer, 1, adapters[1])
+    layer.set_mapping(wrapper)
+    assert layer._polylora_table.words()[:, :, 1].tolist() == [[0, 0], [RANK, RANK], [0, 0], [0, 0]]
+    step_of_ids(wrapper, [1, 0], [None, 1, None, None])
+    x = torch.randn(2, K).to(half)
+    check(layer(x), layer.base_layer.quant_method.apply(layer.base_layer, x), x, [1, 0], adapters, widths)
+
+
+def test_set_mapping_twice_follows_once(half):
+    config = lora_config(half)
+    layer = make_linear("row", half, make_wrapper(config), config)
+    table, hook = layer._polylora_table, layer.set_lora
+    layer.set_mapping(make_wrapper(config))
+    assert layer._polylora_table is table and layer.set_lora is hook
+
+
+def test_a_layer_that_is_gone_leaves_nothing(half):
+    config = lora_config(half)
+    layer = make_linear("row", half, make_wrapper(config), config)
+    address = layer.lora_a_stacked[0].data_ptr()
+    assert address in tables._BY_A
+    del layer
+    import gc
+
+    gc.collect()
+    assert address not in tables._BY_A
+
+
+def test_embedding(half):
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = vllm_layers.VocabParallelEmbeddingWithLoRA(vllm_source.base_embedding(VOCAB, 32, half))
+    layer.create_lora_weights(SLOTS, config)
+    layer.set_mapping(wrapper)
+    adapters = {1: adapter([32], 7, half, k=VOCAB), 2: adapter([32], RANK, half, k=VOCAB)}
+    put(layer, 3, adapters[1])
+    put(layer, 1, adapters[2])
+    assert layer._polylora_table.words()[:, 0, 1].tolist() == [0, RANK, 0, 7]
+    ids = [1, 2, 0, 1, 2]
+    step_of_ids(wrapper, ids, [None, 2, None, 1])
+    tokens = torch.randint(VOCAB, (8,))
+    one_hot = torch.nn.functional.one_hot(tokens, VOCAB)
+    check(layer(tokens), layer.base_layer(tokens), one_hot, ids, adapters, [32])
+    assert not vllm_source.calls
+
+
+def make_logits(config, wrapper, dtype, logits_dtype):
+    head = vllm_source.PlainHead(VOCAB, (torch.randn(VOCAB, K) / K**0.5).to(dtype), logits_dtype)
+    layer = vllm_layers.LogitsProcessorWithLoRA.__new__(vllm_layers.LogitsProcessorWithLoRA)
+    torch.nn.Module.__init__(layer)
+    layer.base_layer, layer.hidden_size, layer.dtype, layer.device = head, K, dtype, "cpu"
+    layer.sharded_to_full_mapping = None
+    layer.create_lora_weights(SLOTS, config)
+    layer.set_mapping(wrapper)
+    return layer
+
+
+def test_logits_go_by_prompts(half):
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_logits(config, wrapper, half, half)
+    adapters = {1: adapter([VOCAB], 8, half), 2: adapter([VOCAB], 3, half)}
+    put(layer, 0, adapters[1])
+    put(layer, 1, adapters[2])
+    step_of_ids(wrapper, [1, 1, 2, 2, 2], [1, 2, None, None], prompts=[2, 0, 1])
+    x = torch.randn(4, K).to(half)
+    base = layer.base_layer._apply_head(None, x, None)
+    check(layer._get_logits(x, object()), base, x, [2, 0, 1], adapters, [VOCAB])
+    assert not vllm_source.calls
+
+
+# ------------------------------------------------------------------------------------------------- shrink and expand
+
+
+def test_shrink_and_expand(half):
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear("qkv", half, wrapper, config)
+    widths = LINEARS["qkv"][2]
+    adapters = {1: adapter(widths, 6, half), 2: adapter(widths, RANK, half, absent=(1,))}
+    put(layer, 0, adapters[1])
+    put(layer, 3, adapters[2])
+    ids = [1, 0, 2, 2]
+    step_of_ids(wrapper, ids, [1, None, None, 2])
+    x = torch.randn(5, K).to(half)
+    v = torch.full((3, 5, RANK), float("nan"))
+    wrapper.add_shrink(v, x, layer.lora_a_stacked, 1.0)
+    for row, i in enumerate([*ids, 0]):
+        for s in range(3):
+            a = adapters[i][0][s] if i else None
+            want = torch.zeros(RANK, dtype=torch.float64)
+            if a is not None:
+                want[: a.size(0)] = a.double() @ x[row].double()
+            torch.testing.assert_close(v[s, row].double(), want, rtol=1e-5, atol=1e-5)
+    base = torch.randn(5, 8 + sum(widths)).to(half)
+    y = base.clone()
+    wrapper.add_expand(y, v, layer.lora_b_stacked, tuple(widths), offset_start=8, add_input=True)
+    assert torch.equal(y[:, :8], base[:, :8])
+    check(y[:, 8:], base[:, 8:], x, ids, adapters, widths)
+    assert not vllm_source.calls
+
+
+def test_shrink_by_tensors_of_no_layer(half):
+    """Classification heads shrink by weights that no set_lora fills: all of them are used."""
+    wrapper = make_wrapper(lora_config(half))
+    weights = torch.randn(SLOTS, 1, 5, K).to(half)
+    step_of_ids(wrapper, [1, 0, 2], [2, 1, None, None])
+    x = torch.randn(3, K).to(half)
+    v = torch.empty(1, 3, 5)
+    wrapper.add_shrink(v, x, (weights,), 1.0)
+    want = torch.stack([weights[1, 0].double() @ x[0].double(), torch.zeros(5), weights[0, 0].double() @ x[2].double()])
+    torch.testing.assert_close(v[0].double(), want, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- what vLLM's kernels still do
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "vllm.polylora"]
+
+
+def test_output_of_another_dtype(caplog):
+    """A router with fp32 output: vLLM's kernels serve it, from metadata that ours filled."""
+    config = lora_config()
+    wrapper = make_wrapper(config)
+    kind, with_lora, widths = LINEARS["replicated"]
+    base = vllm_source.base_linear(kind, K, widths, torch.bfloat16, out_dtype=torch.float32)
+    layer = vllm_layers.ReplicatedLinearWithLoRA(base)
+    layer.create_lora_weights(SLOTS, config)
+    layer.set_mapping(wrapper)
+    adapters = {1: adapter(widths, 8, torch.bfloat16), 2: adapter(widths, 4, torch.bfloat16)}
+    put(layer, 3, adapters[1])
+    put(layer, 0, adapters[2])
+    ids = [1, 0, 2, 1, 2, 2, 0]
+    step_of_ids(wrapper, ids, [2, None, None, 1])
+    x = torch.randn(7, K).to(torch.bfloat16)
+    layer(x)
+    assert vllm_source.calls == ["shrink", "expand"]
+    got, base = layer(x).double(), base.quant_method.apply(base, x).double()
+    for row, i in enumerate(ids):
+        if i:
+            (a,), (b,) = adapters[i]
+            base[row] += b.double() @ (a.double() @ x[row].double())
+    torch.testing.assert_close(got, base, rtol=1e-5, atol=1e-5)
+    assert said(caplog) == [
+        "polylora: layers with an output of torch.float32 for an input of torch.bfloat16 keep vLLM's kernels."
+    ]
+
+
+def test_fp32_logits(caplog):
+    config = lora_config()
+    wrapper = make_wrapper(config)
+    layer = make_logits(config, wrapper, torch.bfloat16, torch.float32)
+    put(layer, 0, adapter([VOCAB], 8, torch.bfloat16))
+    step_of_ids(wrapper, [1], [1, None, None, None], prompts=[1])
+    layer._get_logits(torch.randn(1, K).to(torch.bfloat16), object())
+    assert vllm_source.calls == ["shrink", "expand"] and len(said(caplog)) == 1
+
+
+def test_ranks_above_ours(caplog):
+    config = lora_config(rank=320)
+    wrapper = make_wrapper(config)
+    layer = make_linear("row", torch.bfloat16, wrapper, config)
+    assert said(caplog) == [
+        "polylora: RowParallelLinearWithLoRA keeps vLLM's kernels: slots of rank 320 (the most is 256)."
+    ]
+    put(layer, 0, adapter([24], 300, torch.bfloat16))
+    step_of_ids(wrapper, [1], [1, None, None, None])
+    layer(torch.randn(1, K).to(torch.bfloat16))
+    assert vllm_source.calls == ["shrink", "expand"]
+
+
+def test_fully_sharded(caplog):
+    config = lora_config(fully_sharded_loras=True)
+    wrapper = make_wrapper(config)
+    base = vllm_source.base_linear("RowParallelLinear", K, [24], torch.bfloat16)
+    layer = vllm_layers.RowParallelLinearWithShardedLoRA(base)
+    layer.create_lora_weights(SLOTS, config)
+    layer.set_mapping(wrapper)
+    assert said(caplog) == ["polylora: RowParallelLinearWithShardedLoRA keeps vLLM's kernels: fully sharded LoRA."]
+    adapters = {1: adapter([24], 8, torch.bfloat16)}
+    put(layer, 0, adapters[1])
+    step_of_ids(wrapper, [1, 0], [1, None, None, None])
+    x = torch.randn(2, K).to(torch.bfloat16)
+    check(layer(x), base.quant_method.apply(base, x), x, [1, 0], adapters, [24])
+    assert vllm_source.calls == ["shrink", "expand"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+
+def test_metadata_is_vllms(half, monkeypatch):
+    """All that vLLM's kernels and layers read, as its own wrapper fills it; behind the step's rows no adapter."""
+    monkeypatch.setattr("vllm.utils.torch_utils.PIN_MEMORY", False)
+    config = lora_config(half, specialize_active_lora=True)
+    ours, theirs = make_wrapper(config), PunicaWrapperGPU(64, 16, "cpu", lora_config=config)
+    slot_ids = [5, None, 2, 9]
+    for ids, prompts in (([5, 2, 0, 5, 5, 9], [5, 2, 9]), ([2] * 64, [2]), ([0, 0], [0]), ([9, 0, 9], [9, 0])):
+        step_of_ids(ours, ids, slot_ids, prompts)
+        step_of_ids(theirs, ids, slot_ids, prompts)
+        n = len(ids)
+        for name in ("token_lora_indices", "sampler_indices", "indices_len"):
+            assert list(getattr(ours, name)) == list(getattr(theirs, name)), name
+        embeddings = [w._embeddings_indices.view(-1, 64)[-1, :n].tolist() for w in (ours, theirs)]
+        assert embeddings[0] == embeddings[1]
+        for meta in ("token_mapping_meta", "prompt_mapping_meta"):
+            a, b = getattr(ours, meta), getattr(theirs, meta)
+            n = len(ids) if meta.startswith("token") else len(prompts)
+            assert (a.token_lora_mapping[n:] == -1).all()
+            for field in ("active_lora_ids", "num_tokens_per_lora", "lora_token_start_loc", "no_lora_flag_cpu"):
+                assert torch.equal(getattr(a, field), getattr(b, field)), field
+            assert torch.equal(a.num_active_loras_cpu, b.num_active_loras_cpu)
+            if any(prompts if n == len(prompts) else ids):
+                assert a.token_lora_mapping[:n].tolist() == b.token_lora_mapping[:n].tolist()
+                order = "token_indices_sorted_by_lora_ids"
+                assert torch.equal(getattr(a, order)[:n], getattr(b, order)[:n])
+
+
+def test_unknown_adapter():
+    wrapper = make_wrapper(lora_config())
+    with pytest.raises(KeyError, match="number 4 is in no slot"):
+        step_of_ids(wrapper, [1, 4], [1, None, None, None])
+
+
+def test_too_many_rows():
+    wrapper = make_wrapper(lora_config(), tokens=64)
+    with pytest.raises(ValueError, match="up to 256 rows, got 257"):
+        step_of_ids(wrapper, [1] * 257, [1, None, None, None])
+
+
+class CountedPlans:
+    """Counts torch.ops.polylora.plan."""
+
+    def __init__(self, monkeypatch):
+        self.rows = []
+        plan = torch.ops.polylora.plan
+
+        def counted(tensor, group_ids, groups):
+            self.rows.append(group_ids.size(0))
+            plan(tensor, group_ids, groups)
+
+        monkeypatch.setattr(step.torch.ops.polylora, "plan", counted)
+
+
+def test_one_plan_a_forward_pass(monkeypatch, half):
+    from vllm.forward_context import create_forward_context, override_forward_context
+
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layers = [make_linear(name, half, wrapper, config) for name in ("gate_up", "row")]
+    adapters = [{1: adapter(LINEARS[name][2], 8, half)} for name in ("gate_up", "row")]
+    for layer, weights in zip(layers, adapters, strict=True):
+        put(layer, 0, weights[1])
+    plans = CountedPlans(monkeypatch)
+    context = inspect.signature(create_forward_context)
+    needed = {name: {} for name, p in context.parameters.items() if p.default is p.empty and name == "attn_metadata"}
+    config_stub = type("Config", (), {})()
+    config_stub.compilation_config = type("C", (), {"static_forward_context": {}, "fast_moe_cold_start": False})()
+    config_stub.parallel_config = config_stub.model_config = None
+
+    def forward(rows, ids):
+        step_of_ids(wrapper, ids, [1, None, None, None])
+        x = torch.randn(rows, K).to(half)
+        with override_forward_context(create_forward_context(**needed, vllm_config=config_stub)):
+            for layer, weights, name in zip(layers, adapters, ("gate_up", "row"), strict=True):
+                base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+                check(layer(x), base, x, ids, weights, LINEARS[name][2])
+
+    forward(4, [1, 0, 1])
+    assert plans.rows == [4]
+    forward(4, [0, 1, 1, 1])
+    assert plans.rows == [4, 4]
+    forward(8, [1, 1])
+    forward(4, [0, 0, 0])  # no LoRA: no kernel
+    assert plans.rows == [4, 4, 8]
+
+
+# -------------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("name", ["row", "qkv"])
+def test_compiled_without_a_break(name):
+    """Traced once, with vLLM's setting fullgraph=True; later steps, adapters and the flag of no LoRA are seen."""
+    half = torch.bfloat16
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_linear(name, half, wrapper, config)
+    widths = LINEARS[name][2]
+    adapters = {1: adapter(widths, 8, half), 2: adapter(widths, 4, half)}
+    put(layer, 0, adapters[1])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    step_of_ids(wrapper, [0] * 6, [1, None, None, None])  # as when vLLM profiles
+    forward = torch.compile(layer.forward, fullgraph=True, backend=backend, dynamic=True)
+    x = torch.randn(6, K).to(half)
+    base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+    assert torch.equal(forward(x), base)
+    step_of_ids(wrapper, [1, 0, 1], [1, None, None, None])
+    check(forward(x), base, x, [1, 0, 1], adapters, widths)
+    put(layer, 0, adapters[2])
+    step_of_ids(wrapper, [2, 2], [2, None, None, None])
+    check(forward(x), base, x, [2, 2], adapters, widths)
+    assert len(graphs) == 1 and "polylora_vllm.linear" in graphs[0].print_readable(print_output=False)
+
+
+def test_compiled_fallback_is_said(caplog):
+    config = lora_config()
+    wrapper = make_wrapper(config)
+    y, x = torch.zeros(2, 24), torch.randn(2, K).to(torch.bfloat16)
+    layer = make_linear("row", torch.bfloat16, wrapper, config)
+
+    def forward(y, x):
+        declined = wrapper._declines(y, x, layer.lora_b_stacked, RANK, 1.0)
+        return y + 1 if declined else y
+
+    assert torch.equal(torch.compile(forward, fullgraph=True, backend="eager")(y, x), y + 1)
+    assert len(said(caplog)) == 1
+
+
+def test_no_copy_of_y_under_inductor():
+    """Where y is the base's fresh output, adding in place needs no clone of it."""
+    from torch._inductor.utils import run_and_get_code
+
+    config = lora_config()
+    wrapper = make_wrapper(config)
+    layer = make_linear("row", torch.bfloat16, wrapper, config)
+    put(layer, 0, adapter([24], 8, torch.bfloat16))
+    step_of_ids(wrapper, [1, 0, 1], [1, None, None, None])
+    x = torch.randn(3, K).to(torch.bfloat16)
+    got, (code, *_) = run_and_get_code(torch.compile(layer.forward, fullgraph=True), x)
+    assert torch.equal(got, layer(x))
+    assert "polylora_vllm.linear" in code and "clone" not in code and ".copy_(" not in code
+
+
+def test_ops_pass_opcheck():
+    config = lora_config()
+    wrapper = make_wrapper(config)
+    layer = make_linear("row", torch.bfloat16, wrapper, config)
+    put(layer, 0, adapter([24], 8, torch.bfloat16))
+    rows = wrapper._tokens.rows
+    x, y, v = torch.randn(3, K).to(torch.bfloat16), torch.zeros(3, 24).to(torch.bfloat16), torch.zeros(1, 3, RANK)
+    a, b = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
+    no_lora = torch.tensor([True])  # opcheck clones the tensors, whose addresses count
+    tests, ops = ("test_schema", "test_faketensor"), torch.ops.polylora_vllm
+    torch.library.opcheck(ops.shrink, (v, x, a, rows, no_lora), test_utils=tests)
+    torch.library.opcheck(ops.linear, (y, x, a, b, rows, no_lora), test_utils=tests)
+    torch.library.opcheck(ops.expand, (y, v, b, rows, no_lora, 0), test_utils=tests)
+    with pytest.raises(LookupError, match=r"a\[0\] must be a layer's whose set_mapping was called"):
+        ops.linear(y, x, [t.clone() for t in a], b, rows, ~no_lora)
+    with pytest.raises(LookupError, match="rows must be a PolyloraPunicaWrapper's"):
+        ops.linear(y, x, a, b, rows.clone(), ~no_lora)

@@ -1,0 +1,129 @@
+"""The plugin's register(): when vLLM gets polylora's wrapper, and when it stays as it is."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import subprocess
+import sys
+
+import pytest
+import vllm_source
+
+vllm_source.require_vllm()
+
+import polylora  # noqa: E402
+import polylora_vllm  # noqa: E402
+import vllm  # noqa: E402
+import vllm.platforms  # noqa: E402
+from vllm.config.lora import LoRAConfig  # noqa: E402
+from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper  # noqa: E402
+from vllm.platforms.interface import Platform, PlatformEnum  # noqa: E402
+
+CONFIG = {"max_lora_rank": 16, "max_loras": 2, "lora_dtype": "bfloat16"}
+ADDRESS = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+
+
+def cuda_platform() -> Platform:
+    class Machine(Platform):
+        _enum = PlatformEnum.CUDA
+
+        @classmethod
+        def get_punica_wrapper(cls) -> str:
+            return ADDRESS
+
+    return Machine()
+
+
+@pytest.fixture
+def machine(monkeypatch, caplog):
+    """A supported vLLM on a CUDA platform and a polylora with CUDA kernels; LoRAConfig as it was, afterwards."""
+    monkeypatch.delenv("POLYLORA_VLLM", raising=False)
+    monkeypatch.setattr(vllm, "__version__", "0.26.0")
+    monkeypatch.setattr(polylora, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(LoRAConfig, "compute_hash", LoRAConfig.compute_hash)
+    caplog.set_level(logging.INFO, logger="vllm.polylora")
+    platform = cuda_platform()
+    monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
+    return platform
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "vllm.polylora"]
+
+
+def test_vllm_asks_for_our_wrapper(machine, caplog, monkeypatch):
+    monkeypatch.setattr("vllm.lora.punica_wrapper.punica_selector.current_platform", machine)
+    polylora_vllm.register()
+    wrapper = get_punica_wrapper(64, 8, device="cpu", lora_config=LoRAConfig(**CONFIG))
+    assert f"{type(wrapper).__module__}.{type(wrapper).__name__}" == polylora_vllm.WRAPPER
+    assert said(caplog) == []
+
+
+def test_compile_caches_do_not_mix(machine):
+    before = LoRAConfig(**CONFIG).compute_hash()
+    polylora_vllm.register()
+    after = LoRAConfig(**CONFIG).compute_hash()
+    assert after == f"{before}-polylora-{polylora.__version__}"
+    polylora_vllm.register()
+    assert LoRAConfig(**CONFIG).compute_hash() == after
+    assert LoRAConfig(**{**CONFIG, "max_loras": 3}).compute_hash() != after
+
+
+def left_alone(machine, caplog) -> list[str]:
+    before = LoRAConfig(**CONFIG).compute_hash()
+    polylora_vllm.register()
+    assert machine.get_punica_wrapper() == ADDRESS
+    assert LoRAConfig(**CONFIG).compute_hash() == before
+    return said(caplog)
+
+
+def test_switched_off(machine, caplog, monkeypatch):
+    monkeypatch.setenv("POLYLORA_VLLM", "0")
+    assert left_alone(machine, caplog) == []
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.27.0", "0.2.6", "0.260.0", "1.0", "dev"])
+def test_unknown_version(machine, caplog, monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    assert left_alone(machine, caplog) == [
+        f"polylora: vLLM {version} is not among the versions it knows (0.26, 0.33); vLLM's own LoRA kernels stay."
+    ]
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.26.3+cu130", "0.33.0", "0.33.1.dev4"])
+def test_known_version(machine, caplog, monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    polylora_vllm.register()
+    assert machine.get_punica_wrapper() == polylora_vllm.WRAPPER and not said(caplog)
+
+
+def test_other_platform(machine, caplog, monkeypatch):
+    type(machine)._enum = PlatformEnum.ROCM
+    assert left_alone(machine, caplog) == [
+        "polylora: the platform is not CUDA (Machine); vLLM's own LoRA kernels stay."
+    ]
+
+
+def test_built_without_cuda(machine, caplog, monkeypatch):
+    monkeypatch.setattr(polylora, "has_cuda_kernels", lambda: False)
+    assert left_alone(machine, caplog) == [
+        "polylora: its library was built without CUDA kernels; vLLM's own LoRA kernels stay."
+    ]
+
+
+def test_library_that_does_not_load(machine, caplog, monkeypatch):
+    def refuse(name):
+        raise ImportError("polylora: lib/libpolylora_ops.so is missing")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    assert left_alone(machine, caplog) == [
+        "polylora: it cannot be loaded (ImportError: polylora: lib/libpolylora_ops.so is missing); "
+        "vLLM's own LoRA kernels stay."
+    ]
+
+
+def test_the_entry_point_loads_nothing():
+    """vLLM swallows what goes wrong while it loads an entry point; so nothing may."""
+    code = "import sys, polylora_vllm; assert not {'torch', 'polylora', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
