@@ -1,10 +1,13 @@
 """vLLM's own Python files, imported where vLLM is not installed, with stand-ins for what they cannot have there.
 
-``POLYLORA_VLLM_SOURCE`` names an unpacked source distribution of vLLM. What stands in for what:
+``POLYLORA_VLLM_SOURCE`` names an unpacked source distribution of vLLM, or the folder that it is installed in. What
+stands in for what:
 
 - packages that are not installed and that its LoRA layers never call (web clients, serialisers), and vLLM's own HTTP
   front end: empty modules;
-- the Triton kernels ``lora_shrink`` and ``lora_expand``: the same in torch, from the metadata that they are given;
+- the Triton kernels ``lora_shrink`` and ``lora_expand``: the same in torch, from the metadata that they are given (on
+  a GPU they are themselves);
+- pinned memory, where there is no GPU: ordinary memory;
 - base layers: their GEMM, without tensor parallelism.
 
 Everything else, the layers with LoRA, their set_lora, the wrapper that ours inherits from and the forward context, is
@@ -44,10 +47,15 @@ def require_vllm() -> None:
         sys.path.insert(0, SOURCE)
         sys.meta_path.insert(0, StandIns(FRONT_END))
         sys.meta_path.append(StandIns(MISSING))
+    if not torch.cuda.is_available():
+        importlib.import_module("vllm.utils.torch_utils").PIN_MEMORY = False
     punica_gpu = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu")
     metadata = importlib.import_module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
     punica_gpu.LoRAKernelMeta = metadata.LoRAKernelMeta
-    punica_gpu.lora_shrink, punica_gpu.lora_expand = lora_shrink, lora_expand
+    for stand_in in (lora_shrink, lora_expand):
+        vllms = getattr(punica_gpu, stand_in.__name__, None)
+        if not hasattr(vllms, "counted"):
+            setattr(punica_gpu, stand_in.__name__, counted(stand_in, vllms))
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -105,6 +113,17 @@ class StandIn(types.ModuleType):
 calls: list[str] = []
 
 
+def counted(stand_in, kernel):
+    """The stand-in on the CPU, vLLM's kernel on a GPU; either is written down in :data:`calls`."""
+
+    def call(x, *args, **kwargs):
+        calls.append(stand_in.__name__)
+        (kernel if x.is_cuda else stand_in)(x, *args, **kwargs)
+
+    call.counted = True
+    return call
+
+
 def groups(order, counts, starts, active, no_lora):
     """(slot, row indices) of each group that has an adapter, as the Triton kernels walk them."""
     if no_lora.item():
@@ -116,7 +135,6 @@ def groups(order, counts, starts, active, no_lora):
 
 
 def lora_shrink(x, weights, y, mapping, order, counts, starts, active, no_lora, num_active, scale) -> None:
-    calls.append("shrink")
     assert mapping.size(0) == order.size(0) == x.size(0) and active.size(0) == counts.size(0) == starts.size(0) - 1
     if not no_lora.item():
         y.zero_()
@@ -128,7 +146,6 @@ def lora_shrink(x, weights, y, mapping, order, counts, starts, active, no_lora, 
 def lora_expand(
     x, weights, y, mapping, order, counts, starts, active, no_lora, num_active, offset_start=0, add_inputs=False
 ) -> None:
-    calls.append("expand")
     assert mapping.size(0) == order.size(0) == x.size(1)
     for slot, rows in groups(order, counts, starts, active, no_lora):
         begin = offset_start

@@ -324,7 +324,8 @@ class SliceTable:
         for begin, end in ranges:
             # A fresh pinned block a copy: the caching host allocator keeps it until the copy has run, so that the
             # next write on the host cannot reach a copy still in flight.
-            staging = torch.empty((end - begin, *self.table.shape[1:]), dtype=torch.int32, pin_memory=on_cuda)
+            size = (end - begin, *self.table.shape[1:])
+            staging = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=on_cuda)
             staging.numpy()[...] = words[begin:end]
             self.table[begin:end].copy_(staging, non_blocking=on_cuda)
         self._host.mark_clean()

@@ -93,7 +93,7 @@ class StepRows:
             raise ValueError(f"polylora: a step has up to {self.capacity} rows, got {slots.size}")
         # Pinned anew each time: the block goes back to its allocator once the copy has run, so that the next step's
         # numbers cannot reach a copy in flight.
-        staging = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._on_cuda)
+        staging = torch.empty(self._buffer.shape, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
         adapters = self._fill(slots, *self._split(staging.numpy()))
         self._buffer.copy_(staging, non_blocking=self._on_cuda)
         self._set_counters(adapters)
