@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import polylora
 import pytest
 import torch
 import vllm_source
@@ -11,6 +12,7 @@ from torch import Tensor
 
 vllm_source.require_vllm()
 
+from polylora import _host  # noqa: E402
 from polylora.vllm_plugin import step, tables  # noqa: E402
 from polylora.vllm_plugin.wrapper import PolyloraPunicaWrapper  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
@@ -505,6 +507,28 @@ def test_one_plan_a_forward_pass(monkeypatch, half):
     forward(8, [1, 1])
     forward(4, [0, 0, 0])  # no LoRA: no kernel
     assert plans.rows == [4, 4, 8]
+
+
+def test_other_row_counts_and_wrappers_in_one_pass(half):
+    """They share a forward context (drafts, towers), and one wrapper's plans a buffer: each is made anew."""
+    from vllm.forward_context import override_forward_context
+
+    config = lora_config(half)
+    language, tower = make_wrapper(config), make_wrapper(config)
+    step_of_ids(language, [1, 0, 2, 1], [1, 2, None, None])
+    step_of_ids(tower, [2, 2, 2, 0], [1, 2, None, None])
+
+    def head(slots, plan):  # counts and the rows' groups: what comes behind is written as far as these say
+        return plan[: _host.PLAN_HEADER_WORDS + len(slots)].tolist()
+
+    with override_forward_context(type("Context", (), {})()):
+        for slots, steps in (
+            ([0, -1, 1, 0], language._tokens), ([0, -1], language._tokens), ([1, 1, 1, -1], tower._tokens),
+            ([0, -1, 1, 0, -1], language._tokens), ([0, -1, 1, 0], language._tokens),
+        ):  # fmt: skip
+            want = polylora.Plan(len(slots), SLOTS, device=torch.get_default_device())
+            want.fill(torch.tensor(slots, dtype=torch.int32))
+            assert head(slots, steps.plan(len(slots))) == head(slots, want.tensor)
 
 
 # -------------------------------------------------------------------------------------------------------- torch.compile

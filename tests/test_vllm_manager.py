@@ -109,6 +109,10 @@ def base_of(manager, name, x):
     return y[0] if isinstance(y, tuple) else y
 
 
+def served(name, weights):
+    return set(TinyModel.packed_modules_mapping.get(name, [name])) & set(weights)
+
+
 def check(manager, ids, loaded):
     """A step of these adapters, layer by layer: each layer's delta against float64, of what went into it."""
     mapping = LoRAMapping(tuple(ids), tuple(ids), is_prefill=True)
@@ -124,7 +128,9 @@ def check(manager, ids, loaded):
                     a, b = (w.to(device).double() for w in loaded[i][part])
                     v = a[:, x[row]] if name == "embed" else a @ x[row].double()
                     want[row, s * b.size(0) : (s + 1) * b.size(0)] += b @ v
-        with_lora = torch.tensor([bool(i and loaded[i]) for i in ids] + [False, False])
+        with_lora = torch.tensor([bool(i and served(name, loaded[i])) for i in ids] + [False, False])
+        if with_lora.any():
+            assert (want - base.double())[with_lora].norm() > 0.12 * want[with_lora].norm()
         assert torch.equal(y[~with_lora], base[~with_lora])
         bound = 2**-8 * want.abs() if device.type == "cpu" else 2**-7 * want.abs() + 0.1
         assert ((y.double() - want).abs() <= bound + 1e-5).all(), name
