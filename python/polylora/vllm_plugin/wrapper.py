@@ -94,14 +94,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
             super().add_shrink(buffer, x, lora_a_stacked, scale)
             super().add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=kwargs.get("add_inputs", True))
             return
-        torch.ops.polylora_vllm.linear(
-            y.view(-1, y.shape[-1]),
-            x.view(-1, x.shape[-1]),
-            list(lora_a_stacked),
-            list(lora_b_stacked),
-            self._tokens.rows,
-            self._tokens.no_lora,
-        )
+        _linear(y, x, lora_a_stacked, lora_b_stacked, self._tokens)
 
     def add_lora_logits(
         self,
@@ -118,14 +111,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         if self._declines(y, x, (lora_b_stacked,), lora_b_stacked.size(-1), scale):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs)
             return
-        torch.ops.polylora_vllm.linear(
-            y.view(-1, y.shape[-1]),
-            x.view(-1, x.shape[-1]),
-            [lora_a_stacked],
-            [lora_b_stacked],
-            self._prompts.rows,
-            self._prompts.no_lora,
-        )
+        _linear(y, x, (lora_a_stacked,), (lora_b_stacked,), self._prompts)
 
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs
@@ -180,3 +166,9 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         if reason is None and scale != 1.0:
             reason = f"a scale of {scale} beside the weights"
         return reason is not None and _say_while_tracing(f"layers with {reason} keep vLLM's kernels.")
+
+
+def _linear(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], step: StepRows) -> None:
+    """``y += (x A^T) B^T`` on the rows of a step."""
+    y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+    torch.ops.polylora_vllm.linear(y, x, list(a), list(b), step.rows, step.no_lora)
