@@ -76,6 +76,12 @@ void copy_to_device(void* to, const std::vector<T>& values, const std::string& w
   check(cudaStreamSynchronize(nullptr), what);
 }
 
+/// NaN in every element of 16 or 32 bits, -1 in every integer.
+inline void poison(const DeviceBuffer& buffer, cudaStream_t stream) {
+  if (buffer.bytes() == 0) return;
+  check(cudaMemsetAsync(buffer.as<void>(), 0xff, static_cast<size_t>(buffer.bytes()), stream), "poisoning");
+}
+
 template <typename T>
 DeviceBuffer upload(const std::vector<T>& values, const std::string& what) {
   DeviceBuffer buffer(static_cast<int64_t>(values.size() * sizeof(T)), what);

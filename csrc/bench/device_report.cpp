@@ -10,6 +10,11 @@ std::string version(int cuda) { return format("%d.%d", cuda / 1000, cuda % 1000 
 
 }  // namespace
 
+std::string timing_json(const Timing& timing) {
+  return format("\"us\": %.4f, \"us_min\": %.4f, \"us_max\": %.4f, \"calls\": %lld, \"replays\": %lld", timing.median,
+                timing.min, timing.max, static_cast<long long>(timing.calls), static_cast<long long>(timing.replays));
+}
+
 void DeviceReport::print_device() const {
   if (json_) return;  // every line names it
   print(format("%s, %d SMs, compute capability %d.%d, %.0f MB L2; CUDA runtime %s, driver %s", device_.name.c_str(),

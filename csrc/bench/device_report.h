@@ -1,11 +1,15 @@
-// What a run says of the device before its cases.
+// What a run says of the device before its cases, and of times.
 #pragma once
 
 #include "calibrate.h"
 #include "device.h"
 #include "floor.h"
+#include "timing.h"
 
 namespace polylora::bench {
+
+/// The fields of a JSON line that tell a time.
+std::string timing_json(const Timing& timing);
 
 class DeviceReport {
  public:

@@ -30,6 +30,8 @@ inline std::string quoted(const std::string& text) {
   return result + "\"";
 }
 
+inline const char* json_bool(bool value) { return value ? "true" : "false"; }
+
 template <typename T>
 inline std::string json_list(const std::vector<T>& values) {
   std::string text = "[";

@@ -30,11 +30,6 @@ int64_t bytes_of(cudaError_t (*ask)(const Params&, int64_t&), const Params& para
   return bytes;
 }
 
-void fill_bytes(const DeviceBuffer& buffer, cudaStream_t stream) {
-  if (buffer.bytes() == 0) return;
-  check(cudaMemsetAsync(buffer.as<void>(), 0xff, static_cast<size_t>(buffer.bytes()), stream), "poisoning");
-}
-
 void copy(const DeviceBuffer& to, const void* from, cudaStream_t stream) {
   check(cudaMemcpyAsync(to.as<void>(), from, static_cast<size_t>(to.bytes()), cudaMemcpyDeviceToDevice, stream),
         "copy of y");
@@ -86,7 +81,7 @@ void MoeLora::keep_before(bool keep) {
 }
 
 void MoeLora::poison(cudaStream_t stream) const {
-  for (const DeviceBuffer* buffer : {&plan_, &scratch_, &y1_before_, &y2_before_}) fill_bytes(*buffer, stream);
+  for (const DeviceBuffer* buffer : {&plan_, &scratch_, &y1_before_, &y2_before_}) bench::poison(*buffer, stream);
 }
 
 // ---- the layer

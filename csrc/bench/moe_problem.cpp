@@ -117,10 +117,8 @@ void MoeProblem::make_buffers(cudaStream_t stream) {
 }
 
 void MoeProblem::poison(cudaStream_t stream) const {
-  constexpr int kNan = 0xff;  // in every byte
   for (const DeviceBuffer* buffer : {&sorted_x_, &y1_, &h_, &y2_, &out_, &up_delta_, &down_delta_}) {
-    if (buffer->bytes() == 0) continue;
-    check(cudaMemsetAsync(buffer->as<void>(), kNan, static_cast<size_t>(buffer->bytes()), stream), "poisoning");
+    bench::poison(*buffer, stream);
   }
   if (has_base_) return;
   fill_random(y1(), y1_.bytes() / kElementBytes, DType::kBFloat16, 1, kSeedY1, stream);

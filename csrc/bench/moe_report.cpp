@@ -11,8 +11,6 @@ namespace {
 
 constexpr int kSeamsWidth = 6;
 
-const char* json_bool(bool value) { return value ? "true" : "false"; }
-
 std::string case_json(const MoeCase& c) {
   const Experts& m = c.model;
   return format(
@@ -23,11 +21,6 @@ std::string case_json(const MoeCase& c) {
       static_cast<long long>(m.hidden), static_cast<long long>(m.inner), m.experts, m.top_k, m.act.c_str(),
       json_bool(m.gated), json_bool(m.interleaved), c.rank, static_cast<long long>(c.rows), kMoeSlots,
       moe_bar_us(c) > 0 ? format("%g", moe_bar_us(c)).c_str() : "null");
-}
-
-std::string timing_json(const Timing& timing) {
-  return format("\"us\": %.4f, \"us_min\": %.4f, \"us_max\": %.4f, \"calls\": %lld, \"replays\": %lld", timing.median,
-                timing.min, timing.max, static_cast<long long>(timing.calls), static_cast<long long>(timing.replays));
 }
 
 // Nothing added has no ratio: no mean counts it.

@@ -13,7 +13,7 @@ std::string case_json(const Case& c, const Options& options) {
                             quoted(c.name()).c_str(), op_name(options.op), options.fp16 ? "fp16" : "bf16",
                             static_cast<long long>(c.k), json_list(c.widths).c_str(), json_list(c.ranks).c_str());
   text += format("\"rows\": %lld, \"adapters\": %d, \"slots\": %d, \"order\": \"%s\", \"idle\": %s",
-                 static_cast<long long>(c.rows), c.adapters, c.slots, order_name(c.order), c.idle ? "true" : "false");
+                 static_cast<long long>(c.rows), c.adapters, c.slots, order_name(c.order), json_bool(c.idle));
   if (c.vocab > 0) {
     text += format(", \"vocab\": %lld, \"layout\": \"%s\"", static_cast<long long>(c.vocab),
                    c.token_major ? "token" : "rank");
@@ -54,13 +54,11 @@ void Report::add(const Row& row) {
         format("{\"kind\": \"%s\", \"device\": %s, ", options_.chain ? "chain" : "case", quoted(device().name).c_str());
     text += case_json(row.shape, options_) + format(", \"path\": %s, ", quoted(row.path).c_str());
     if (options_.chain) text += format("\"base_us\": %.4f, ", row.base_us);
-    text += format("\"us\": %.4f, \"us_min\": %.4f, \"us_max\": %.4f, \"calls\": %lld, \"replays\": %lld, ",
-                   row.timing.median, row.timing.min, row.timing.max, static_cast<long long>(row.timing.calls),
-                   static_cast<long long>(row.timing.replays));
+    text += timing_json(row.timing) + ", ";
     text += format("\"floor_us\": %.4f, \"floor_h100_us\": %.4f, \"ratio\": %.4f, \"ratio_h100\": %.4f, ", floor,
                    floor_h100, ratio, ratio_h100);
     text += format("\"weight_bytes\": %.0f, \"activation_bytes\": %.0f, \"error\": %.3e, \"cold\": %s}",
-                   traffic.weights, traffic.moved, row.error, row.cold ? "true" : "false");
+                   traffic.weights, traffic.moved, row.error, json_bool(row.cold));
     return print(text);
   }
   std::string line = format("%-*s  %-*s  ", name_width_, row.shape.name().c_str(), path_width_, row.path.c_str());
