@@ -43,6 +43,13 @@ def valid_calls(device: str) -> dict[str, dict]:
         "shrink": dict(v=v, **{name: linear[name] for name in ("x", "a", "table", "plan")}),
         "expand_": dict(v=v, **{name: linear[name] for name in ("y", "b", "table", "plan", "widths", "cols")}),
         "linear_": linear,
+        "linear_delta": dict(
+            delta=torch.zeros((8, 64), dtype=DTYPE, device=device),
+            **only(linear, "x", "a", "b", "table", "plan", "widths", "v_width"),
+        ),
+        "add_delta_": dict(
+            y=linear["y"], delta=torch.zeros((8, 64), dtype=DTYPE, device=device), **only(linear, *seam)
+        ),
         "embedding_": embedding_args(embed),
         "moe_gate_up_": gate_up,
         "moe_down_": dict(y=down.y.view, **reduce),
@@ -63,6 +70,8 @@ MATRICES = {
     "shrink": ("v", "x"),
     "expand_": ("y", "v"),
     "linear_": ("y", "x"),
+    "linear_delta": ("delta", "x"),
+    "add_delta_": ("y", "delta"),
     "embedding_": ("y",),
     "moe_gate_up_": ("y", "x"),
     "moe_down_": ("y", "h"),
@@ -72,7 +81,8 @@ MATRICES = {
     "moe_act": ("h", "y1", "delta"),
     "moe_reduce": ("out", "y2", "delta"),
 }
-OUTPUT = {"plan": "plan", "moe_plan": "plan", "shrink": "v", "expand_": "y", "linear_": "y", "embedding_": "y",
+OUTPUT = {"plan": "plan", "moe_plan": "plan", "shrink": "v", "expand_": "y", "linear_": "y",
+          "linear_delta": "delta", "add_delta_": "y", "embedding_": "y",
           "moe_gate_up_": "y", "moe_down_": "y", "moe_gate_up_act": "h", "moe_down_reduce": "out", "moe_delta": "delta",
           "moe_act": "h", "moe_reduce": "out"}  # fmt: skip
 SIZED = ("plan", "token_ids", "topk_weights", "row_map", "top_k", "vocab")

@@ -41,6 +41,9 @@ def test_linear_gives_the_same_bits_from_run_to_run(device, dtype, path, rows, s
     case = make_dense_case(device, dtype, rows=rows, **shape)
     ops.linear_(**case.linear_args())
     first = case.y.buffer.clone()
+    deltas = [linear_delta_of(case) for _ in range(3)]
+    for again in deltas[1:]:
+        ref.assert_same_bits("deltas", again, deltas[0])
     other = make_dense_case(device, dtype, rows=77, k=64, widths=(40,), seed=9)
     for _ in range(4):  # another shape between two runs: whatever scratch there is gets reused
         ops.linear_(**other.linear_args())
@@ -59,6 +62,13 @@ def both_deltas(moe, up, down) -> list[torch.Tensor]:
         )  # fmt: skip
         found.append(delta)
     return found
+
+
+def linear_delta_of(case) -> torch.Tensor:
+    args = {name: value for name, value in case.linear_args().items() if name not in ("y", "cols")}
+    delta = torch.zeros((case.rows, sum(case.widths)), dtype=case.x.dtype, device=case.x.device)
+    ops.linear_delta(delta, **args)
+    return delta
 
 
 @pytest.mark.trap(12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from cases import (
     LAYOUTS,
     UNEQUAL,
+    Guarded,
     assert_lora_matters,
     make_adapter,
     make_dense_case,
@@ -20,8 +22,27 @@ from cases import (
 
 
 def run_linear(case, path=None) -> None:
+    """In one op, and with the deltas made before."""
     ops.linear_(**case.linear_args())
     case.check()
+    case.y.reset()
+    add_apart(case)
+    case.check("y with a delta")
+
+
+def add_apart(case) -> torch.Tensor:
+    """linear_delta, then add_delta_. Deltas of rows without an adapter are nobody's business, so they are made NaN."""
+    args = case.linear_args()
+    y, cols = args.pop("y"), args.pop("cols")
+    blank = torch.full((case.rows, sum(case.widths)), torch.nan, dtype=y.dtype)
+    delta = Guarded(blank, y.device.type, torch.Generator().manual_seed(8), left=8, right=8)
+    ops.linear_delta(delta.view, **args)
+    delta.assert_written_only("delta", torch.ones(blank.shape, dtype=torch.bool))
+    active = torch.tensor([group >= 0 for group in case.row_group], dtype=torch.bool, device=y.device)
+    if case.rows:
+        delta.view[~active] = torch.nan
+    ops.add_delta_(y, delta.view, args["table"], args["plan"], case.widths, cols)
+    return delta.view
 
 
 def ref_v(case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -384,6 +405,35 @@ def test_linear_equals_shrink_then_expand_within_the_bound_on_one_slice_of_the_t
     """lm_head: linear_ on the logits rows alone, a plan of its own."""
     case = make_dense_case(device, dtype, k=96, widths=(1031,), rows=5, ids=[2, -1, 0, 2, 1], groups=3)
     run_linear(case, path)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 300])
+@pytest.mark.parametrize("aligned", [False, True], ids=["odd", "aligned"])
+def test_deltas_are_what_linear_adds_to_minus_zero(device, dtype, path, rows, aligned):
+    """And an absent slice is -0 in them, so that y keeps its bits there."""
+    shape = {"k": 128, "widths": (256, 64, 64)} if aligned else {"k": 51, "widths": (41, 7, 9)}
+    case = make_dense_case(device, dtype, rows=rows, aligned=aligned, absent=0.5, **shape)
+    delta = add_apart(case)
+    nothing = torch.full((rows, sum(case.widths)), -0.0, dtype=dtype, device=device)
+    packed = [sum(case.widths[:s]) for s in range(len(case.widths))]
+    ops.linear_(**case.linear_args() | {"y": nothing, "cols": packed})
+    for g in ref.used_groups(case.row_group):
+        at = ref.rows_of(case.row_group, g)
+        for s, width in enumerate(case.widths):
+            got, want = (t[at.to(device), packed[s] : packed[s] + width].cpu() for t in (delta, nothing))
+            if case.adapters[g].rank(s) == 0:
+                ref.assert_same_bits(f"group {g} slice {s}, absent", got, torch.full_like(got, -0.0))
+            assert (got.double() - want.double()).norm() <= 2.0**-7 * want.double().norm()
+
+
+def test_a_delta_of_another_plan_adds_nothing(device, dtype, path):
+    """A plan made for fewer rows fits no call of more: the CPU refuses it, a device finds no row with an adapter."""
+    case = make_dense_case(device, dtype, rows=33, gaps=False)
+    y, delta = torch.ones((33, 210), dtype=dtype, device=device), torch.ones((33, 210), dtype=dtype, device=device)
+    other = torch.zeros_like(case.plan)
+    with pytest.raises(RuntimeError, match="plan must be") if device == "cpu" else contextlib.nullcontext():
+        ops.add_delta_(y, delta, case.pools.table, other, case.widths, [0, 111, 130])
+    assert (y == 1).all()
 
 
 def test_poison_helper_holds_nan_and_large_values():

@@ -1,6 +1,8 @@
-// shrink and expand on the CPU, dense and MoE: blocks of rows of one group, in parallel over (block, ranks) and
+// shrink, expand and deltas on the CPU, dense and MoE: blocks of rows of one group, in parallel over (block, ranks) and
 // (block, output columns). Parts never split a sum.
 #include <algorithm>
+#include <cmath>
+#include <iterator>
 #include <vector>
 
 #include "polylora/cpu.h"
@@ -79,6 +81,11 @@ void add_to_row(const LoraParams& params, const Kernels& kernel, int64_t row, in
   scatter(y, stride, part, cols, kernel.element_size);
 }
 
+/// Whether any of the deltas is not -0, which leaves even the bits of a NaN.
+bool adds_something(const float* delta, int32_t cols) {
+  return std::any_of(delta, delta + cols, [](float value) { return value != 0.0f || !std::signbit(value); });
+}
+
 }  // namespace
 
 void shrink(const LoraParams& params, const ParallelFor& parallel_for) {
@@ -142,6 +149,47 @@ void expand_blocks(const LoraParams& params, const std::vector<RowBlock>& blocks
 
 void expand(const LoraParams& params, const ParallelFor& parallel_for) {
   expand_blocks(params, active_blocks(params.plan), load_from(params), parallel_for);
+}
+
+// -0 first: it adds nothing, and says so where a slice is absent.
+void delta(const LoraParams& params, const ParallelFor& parallel_for) {
+  const Kernels& kernel = kernels(params.dtype);
+  const int64_t width = sum_of_widths(params.slices);
+  float nothing[kProductCols];
+  std::fill(std::begin(nothing), std::end(nothing), -0.0f);
+  for (const RowBlock& block : active_blocks(params.plan)) {
+    for (int32_t r = 0; r < block.count; ++r) {
+      for (int64_t n = 0; n < width; n += kProductCols) {
+        const int64_t at = block.rows[r] * params.y_stride + n;
+        const int32_t cols = static_cast<int32_t>(std::min<int64_t>(kProductCols, width - n));
+        kernel.store(element_at(params.y, at, kernel.element_size), nothing, cols);
+      }
+    }
+  }
+  expand(params, parallel_for);
+}
+
+void add_delta(const AddDeltaParams& params, const ParallelFor& parallel_for) {
+  const LoraParams& lora = params.lora;
+  const Kernels& kernel = kernels(lora.dtype);
+  const auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (lora.plan.row_group[row] < 0) continue;
+      int64_t at = row * params.delta_stride;
+      for (const Columns& piece : column_units(lora.slices)) {
+        for (int32_t n = piece.n; n < piece.n + piece.count; n += kProductCols) {
+          const int32_t cols = std::min(kProductCols, piece.n + piece.count - n);
+          float delta[kProductCols];
+          std::fill_n(delta, cols, -0.0f);
+          kernel.accumulate(delta, element_at(params.delta, at, kernel.element_size), 1.0f, nullptr, cols);
+          at += cols;
+          if (adds_something(delta, cols)) add_to_row(lora, kernel, row, piece.slice, n, cols, delta);
+        }
+      }
+    }
+  };
+  constexpr int64_t kOperationsPerOutput = 4;
+  parallel_for(lora.rows, grain_for(lora.rows, lora.rows * sum_of_widths(lora.slices) * kOperationsPerOutput), body);
 }
 
 }  // namespace polylora::cpu

@@ -1,7 +1,6 @@
 // The fused seams of a mixture of experts on the CPU: gate_up_act (delta, then the activation) and down_reduce (delta,
-// then the weighted sum over a token's experts). And the same taken apart: moe_delta, moe_act, moe_reduce.
+// then the weighted sum over a token's experts). And the same taken apart: moe_act, moe_reduce.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "polylora/cpu.h"
@@ -225,18 +224,6 @@ void down_reduce(const DownReduceParams& params, const ParallelFor& parallel_for
   };
   constexpr int64_t kOperationsPerOutput = 64;
   parallel_for(units, grain_for(units, params.tokens * params.top_k * width * kOperationsPerOutput), body);
-}
-
-void moe_delta(const LoraParams& params, const ParallelFor& parallel_for) {
-  const int64_t size = kernels(params.dtype).element_size;
-  const int64_t width = sum_of_widths(params.slices);
-  for (const RowBlock& block : active_blocks(params.plan)) {
-    for (int32_t r = 0; r < block.count; ++r) {
-      std::memset(static_cast<char*>(params.y) + block.rows[r] * params.y_stride * size, 0,
-                  static_cast<size_t>(width * size));
-    }
-  }
-  expand(params, parallel_for);
 }
 
 void moe_act(const GateUpActParams& params, const ParallelFor& parallel_for) {

@@ -35,6 +35,9 @@ struct MetaBackend {
   int64_t shrink_scratch(const LoraParams&) const { return 0; }
   int64_t linear_scratch(const LoraParams&) const { return 0; }
   void linear(const LoraParams&) const {}
+  int64_t linear_delta_scratch(const LoraParams&) const { return 0; }
+  void linear_delta(const LoraParams&) const {}
+  void add_delta(const AddDeltaParams&) const {}
   int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
   void embedding(const EmbeddingParams&) const {}
   int64_t gate_up_act_scratch(const GateUpActParams&) const { return 0; }
@@ -61,6 +64,9 @@ struct CpuBackend {
   int64_t shrink_scratch(const LoraParams&) const { return 0; }
   int64_t linear_scratch(const LoraParams& p) const { return p.rows * p.v_width * int64_t{sizeof(float)}; }
   void linear(const LoraParams& p) const { cpu::expand(shrunk(p), parallel_for); }
+  int64_t linear_delta_scratch(const LoraParams& p) const { return linear_scratch(p); }
+  void linear_delta(const LoraParams& p) const { cpu::delta(shrunk(p), parallel_for); }
+  void add_delta(const AddDeltaParams& d) const { cpu::add_delta(d, parallel_for); }
   int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
   void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
   int64_t gate_up_act_scratch(const GateUpActParams& g) const { return linear_scratch(g.lora); }
@@ -76,7 +82,7 @@ struct CpuBackend {
     cpu::down_reduce(with_v, parallel_for);
   }
   int64_t moe_delta_scratch(const LoraParams& p) const { return p.v_of_x ? 0 : linear_scratch(p); }
-  void moe_delta(const LoraParams& p) const { cpu::moe_delta(p.v_of_x ? p : shrunk(p), parallel_for); }
+  void moe_delta(const LoraParams& p) const { cpu::delta(p.v_of_x ? p : shrunk(p), parallel_for); }
   void moe_act(const GateUpActParams& g) const { cpu::moe_act(g, parallel_for); }
   void moe_reduce(const DownReduceParams& d) const { cpu::moe_reduce(d, parallel_for); }
 
@@ -114,6 +120,11 @@ class CudaBackend {
   int64_t shrink_scratch(const LoraParams& p) const { return scratch("shrink", cuda::shrink_scratch, p); }
   int64_t linear_scratch(const LoraParams& p) const { return scratch("linear", cuda::linear_scratch, p); }
   void linear(const LoraParams& p) const { check("linear", cuda::linear(p, stream_)); }
+  int64_t linear_delta_scratch(const LoraParams& p) const {
+    return scratch("linear_delta", cuda::linear_delta_scratch, p);
+  }
+  void linear_delta(const LoraParams& p) const { check("linear_delta", cuda::linear_delta(p, stream_)); }
+  void add_delta(const AddDeltaParams& p) const { check("add_delta", cuda::add_delta(p, stream_)); }
   int64_t embedding_scratch(const EmbeddingParams& p) const { return scratch("embedding", cuda::embedding_scratch, p); }
   void embedding(const EmbeddingParams& p) const { check("embedding", cuda::embedding(p, stream_)); }
   int64_t gate_up_act_scratch(const GateUpActParams& p) const {

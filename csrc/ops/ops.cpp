@@ -340,6 +340,44 @@ void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tenso
 }
 
 template <class Backend>
+void linear_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
+                  int64_t v_width) {
+  const Checker check("linear_delta", delta);
+  LoraParams p{};
+  p.dtype = check.compute_dtype("delta", delta);
+  check.matrix("delta", delta, kAny, kAny, delta.dtype());
+  p.rows = delta.size(0);
+  check.matrix("x", x, p.rows, kAny, delta.dtype());
+  set_x(p, x);
+  set_y(p, delta);
+  p.slices = slice_set(check, {&a, &b, table, &widths, nullptr, 1}, p.k, delta.dtype());
+  check.matrix("delta", delta, p.rows, sum_of_widths(p.slices), x.dtype());
+  p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
+  set_v_width(check, p, v_width);
+  if (!adds_something(check, delta, p)) return;
+  const Backend backend(delta);
+  const OptionalTensor memory = scratch(p, delta, backend.linear_delta_scratch(p));
+  backend.linear_delta(p);
+}
+
+template <class Backend>
+void add_delta_(Tensor y, Tensor delta, Tensor table, Tensor plan, IntList widths, IntList cols) {
+  const Checker check("add_delta_", y);
+  AddDeltaParams p{};
+  p.lora.dtype = check.compute_dtype("y", y);
+  check.matrix("y", y, kAny, kAny, y.dtype());
+  p.lora.rows = y.size(0);
+  set_y(p.lora, y);
+  p.lora.slices = slice_set(check, {nullptr, nullptr, table, &widths, &cols, 1}, kAny, y.dtype());
+  check_columns(check, "y", y, p.lora.slices);
+  check.matrix("delta", delta, p.lora.rows, sum_of_widths(p.lora.slices), y.dtype());
+  p.delta = delta.data_ptr();
+  p.delta_stride = Checker::pitch(delta);
+  p.lora.plan = filled_plan(check, plan, p.lora.rows, p.lora.slices.groups, 0);
+  if (p.lora.rows > 0 && p.lora.slices.groups > 0) Backend(y).add_delta(p);
+}
+
+template <class Backend>
 void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
                 IntList cols, int64_t vocab, bool token_major) {
   const Checker check("embedding_", y);
@@ -605,6 +643,8 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("shrink", &Boxed<&shrink<Backend>>::call);
   m.impl("expand_", &Boxed<&expand_<Backend>>::call);
   m.impl("linear_", &Boxed<&linear_<Backend>>::call);
+  m.impl("linear_delta", &Boxed<&linear_delta<Backend>>::call);
+  m.impl("add_delta_", &Boxed<&add_delta_<Backend>>::call);
   m.impl("embedding_", &Boxed<&embedding_<Backend>>::call);
   m.impl("moe_gate_up_", &Boxed<&moe_gate_up_<Backend>>::call);
   m.impl("moe_down_", &Boxed<&moe_down_<Backend>>::call);

@@ -14,6 +14,9 @@ constexpr const char* kSchemas[] = {
     "expand_(Tensor(a!) y, Tensor v, Tensor[] b, Tensor table, Tensor plan, SymInt[] widths, SymInt[] cols) -> ()",
     "linear_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor table, Tensor plan, SymInt[] widths, "
     "SymInt[] cols, SymInt v_width) -> ()",
+    "linear_delta(Tensor(a!) delta, Tensor x, Tensor[] a, Tensor[] b, Tensor table, Tensor plan, SymInt[] widths, "
+    "SymInt v_width) -> ()",
+    "add_delta_(Tensor(a!) y, Tensor delta, Tensor table, Tensor plan, SymInt[] widths, SymInt[] cols) -> ()",
     "embedding_(Tensor(a!) y, Tensor token_ids, Tensor[] a, Tensor[] b, Tensor table, Tensor plan, "
     "SymInt[] widths, SymInt[] cols, SymInt vocab, bool token_major=False) -> ()",
     "moe_gate_up_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor table, Tensor plan, SymInt[] widths, "

@@ -343,12 +343,45 @@ cudaError_t narrow_of(LoraParams p) {
   return error == cudaSuccess ? cuda::expand_narrow_path(p, parts, nullptr) : error;
 }
 
+// The deltas by themselves, into memory of NaN, and then their sum with y.
+template <auto kDeltas>
+cudaError_t apart_of(LoraParams p) {
+  const int64_t stride = cuda::divide_up(sum_of_widths(p.slices), 8) * 8 + 8;
+  const GuardedBytes deltas(p.rows * stride * 2);
+  std::memset(deltas.data(), 0xff, static_cast<size_t>(p.rows * stride * 2));
+  const AddDeltaParams sum{p, deltas.data(), stride};
+  if (!cuda::add_delta_serves(sum)) return cudaErrorNotSupported;
+  p.y = deltas.data();
+  p.y_stride = stride;
+  for (int s = 0, col = 0; s < p.slices.count; col += p.slices.width[s++]) p.slices.col[s] = col;
+  const cudaError_t error = kDeltas(p);
+  emulator::options().previous_grid = nullptr;
+  return error == cudaSuccess ? cuda::add_delta_path(sum, nullptr) : error;
+}
+
+cudaError_t narrow_deltas(LoraParams p) {
+  if (!cuda::narrow_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
+  int parts = 0;
+  cuda::narrow_parts(p, parts);
+  const GuardedBytes scratch(cuda::narrow_plane_bytes(p, parts));
+  p.scratch = scratch.data();
+  const cudaError_t error = cuda::shrink_narrow_path(p, parts, nullptr);
+  emulator::options().previous_grid = nullptr;
+  return error == cudaSuccess ? cuda::expand_deltas_narrow_path(p, parts, nullptr) : error;
+}
+
+cudaError_t wide_deltas(LoraParams p) {
+  const cudaError_t error = cuda::clear_deltas_path(p, nullptr);
+  return error == cudaSuccess ? wide_of(p) : error;
+}
+
 template <auto kOf>
 cudaError_t all_runs(Problem& problem) {
   return kOf(problem.params());
 }
 constexpr Path cluster = all_runs<cluster_of>, wide = all_runs<wide_of>, mma = all_runs<mma_of>,
-               narrow = all_runs<narrow_of>;
+               narrow = all_runs<narrow_of>, narrow_apart = all_runs<apart_of<narrow_deltas>>,
+               wide_apart = all_runs<apart_of<wide_deltas>>;
 
 // Short runs first, then the others.
 template <auto kShort, auto kLong>
@@ -499,7 +532,8 @@ void many_outputs() {
 // What only a caller that is wrong, or unlucky, sends.
 void odd_calls() {
   for (const auto& [name, path] :
-       {std::pair<std::string, Path>{"cluster", cluster}, {"narrow", narrow}, {"wide", wide}, {"mma", mma}}) {
+       {std::pair<std::string, Path>{"cluster", cluster}, {"narrow", narrow}, {"wide", wide}, {"mma", mma},
+        {"narrow apart", narrow_apart}, {"wide apart", wide_apart}}) {
     Problem no_room({DType::kBFloat16, 3, 64, {64, 24}, 2, {16}}, 1);
     no_room.set_v_width(0);
     no_room.spoil(1, false);
@@ -630,6 +664,8 @@ int main() {
   testing::any_shape("mma", testing::mma, 8);
   testing::any_shape("wide halves", testing::wide_halves, 8);
   testing::any_shape("narrow", testing::narrow, 32);
+  testing::any_shape("narrow apart", testing::narrow_apart, 32);
+  testing::any_shape("wide apart", testing::wide_apart, 8);
   testing::any_shape("narrow halves", testing::narrow_halves, 8);
   testing::many_outputs();
   testing::odd_calls();

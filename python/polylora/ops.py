@@ -121,6 +121,42 @@ def linear_(
     _ops.linear_(y, x, a, b, table, plan, widths, cols, v_width)
 
 
+def linear_delta(
+    delta: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    plan: Tensor,
+    widths: Sequence[int],
+    v_width: int,
+) -> None:
+    """What :func:`linear_` would add, by itself: it needs nothing of the base's GEMM.
+
+    In decode, run it on a second stream beside that GEMM, then :func:`add_delta_`: what a step waits for is then the
+    short sum alone. For prompts :func:`linear_` is faster.
+
+    Args:
+        delta: ``[rows, sum of widths]``, slice after slice, rounded once to its dtype. Rows with an adapter are written
+            whole, zeros where a slice is absent; the others hold anything afterwards.
+        x: ``[rows, K]``, the base layer's input.
+    """
+    _ops.linear_delta(delta, x, a, b, table, plan, widths, v_width)
+
+
+def add_delta_(
+    y: Tensor, delta: Tensor, table: Tensor, plan: Tensor, widths: Sequence[int], cols: Sequence[int]
+) -> None:
+    """``y += delta`` on the rows with an adapter, with the deltas of :func:`linear_delta`.
+
+    Args:
+        y: ``[rows, ...]``, any row stride: the base layer's output. Where a slice is absent 0 is added: -0 becomes 0.
+        delta: ``[rows, sum of widths]``, slice after slice.
+        table: of it, the numbers of groups and slices alone.
+    """
+    _ops.add_delta_(y, delta, table, plan, widths, cols)
+
+
 def embedding_(
     y: Tensor,
     token_ids: Tensor,

@@ -33,6 +33,8 @@ _ARGUMENTS = {
     "shrink": ("a", "table"),
     "expand_": ("b", "table", "widths", "cols"),
     "linear_": ("a", "b", "table", "widths", "cols", "v_width"),
+    "linear_delta": ("a", "b", "table", "widths", "v_width"),
+    "add_delta_": ("table", "widths", "cols"),
     "embedding_": ("a", "b", "table", "widths", "cols", "vocab", "token_major"),
     "moe_gate_up_": ("a", "b", "table", "widths", "cols", "v_width", "col_stride"),
     "moe_gate_up_act": ("a", "b", "table", "widths", "cols", "v_width", "col_stride"),

@@ -18,12 +18,13 @@ void moe_plan(const MoePlanParams& params, const ParallelFor& parallel_for);
 
 void shrink(const LoraParams& params, const ParallelFor& parallel_for);
 void expand(const LoraParams& params, const ParallelFor& parallel_for);
+void delta(const LoraParams& params, const ParallelFor& parallel_for);  // v given, also of x; y is delta
+void add_delta(const AddDeltaParams& params, const ParallelFor& parallel_for);
 void embedding(const EmbeddingParams& params, const ParallelFor& parallel_for);  // looks A up and expands; no v
 
 void gate_up_act(const GateUpActParams& params, const ParallelFor& parallel_for);   // v given
 void down_reduce(const DownReduceParams& params, const ParallelFor& parallel_for);  // v given
 
-void moe_delta(const LoraParams& params, const ParallelFor& parallel_for);  // v given, also of x; y is delta
 void moe_act(const GateUpActParams& params, const ParallelFor& parallel_for);
 void moe_reduce(const DownReduceParams& params, const ParallelFor& parallel_for);
 

@@ -156,6 +156,13 @@ struct LoraParams {
   PlanView plan;
 };
 
+/// add_delta: y += delta, of rows with an adapter; x, A and B are unused.
+struct AddDeltaParams {
+  LoraParams lora;       //
+  const void* delta;     // [rows, sum of widths], slice after slice, row pitch delta_stride
+  int64_t delta_stride;  //
+};
+
 /// embedding: A is looked up by token id instead of multiplied. A[j, t] = a + a_row * a_stride + t * token_stride +
 /// j * rank_stride. Ids outside [0, vocab) read nothing and leave their row of y untouched.
 struct EmbeddingParams {

@@ -1,5 +1,5 @@
-// expand for decode, sm_80 and later: y += scale * v B^T for up to 8 rows of one group and one slice. v comes from
-// shrink_narrow.cu in planes, from the caller, or is looked up by token.
+// expand for decode, sm_80 and later: y += scale * v B^T for up to 8 rows of one group and one slice, or that delta
+// alone. v comes from shrink_narrow.cu in planes, from the caller, or is looked up by token.
 //
 // A block takes a part of the outputs, its warps a unit in turn. v is made once a block, in shared memory. B and y of a
 // warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended. Else
@@ -60,8 +60,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     const int32_t now = guess ? ptx::load_fresh4(job.at) : job.word;
     Expand expand(slice);
     expand.clear();
+    if (task.sets_y) expand.start_from_nothing();
     expand.begin(task, n.begin + warp, row, entry.b_offset, entry.b_stride);
-    if (rank > 0 && expand.unit < n.end) expand.load(0, rank, g < rows, entry.b_stride, alignment);
+    const bool reads_y = !task.sets_y && g < rows;
+    if (rank > 0 && expand.unit < n.end) expand.load(0, rank, reads_y, entry.b_stride, alignment);
     if (guess) {
       guess = false;
       if (__any_sync(0xffffffffu, now != job.word)) {  // all warps end with what is there now: no barrier is needed
@@ -110,8 +112,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
           if (expand.unit >= n.end) break;
           r = 0;
         }
-        expand.load(r, rank, has_row, entry.b_stride, alignment);
+        expand.load(r, rank, has_row && !task.sets_y, entry.b_stride, alignment);
       }
+    } else if (task.sets_y && rows > 0) {
+      if (!waited) {
+        waited = true;
+        ptx::wait_for_previous_grid();
+      }
+#pragma unroll 1
+      for (; expand.unit < n.end; expand.next(kWarps, 0)) expand.store(-0.f, g < rows);
     }
     index += gridDim.x;
     if (index >= jobs) break;
@@ -121,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 }
 
-// `rank`: that most slices may have.
-cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaStream_t stream) {
+// `rank`: that most slices may have. `blocks_an_sm`: of all jobs together.
+cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, int blocks_an_sm, cudaStream_t stream) {
   LinearTask& task = params.linear;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   Device device;
@@ -132,9 +141,7 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaSt
   // a unit of outputs a warp, as long as the blocks are not far more than the device holds
   int64_t units = 0;
   for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide ? 32 : 64);
-  // a lookup of few rows is short: half as many, so that the next kernel's may stand beside
-  const bool is_short = params.tokens.ids != nullptr && p.rows <= kDecodeRows;
-  const int64_t fit = (is_short ? 1 : kBlocksPerSm) * device.sms / narrow_jobs(p);
+  const int64_t fit = blocks_an_sm * device.sms / narrow_jobs(p);
   const int64_t parts = min64(divide_up(units, kWarps), fit);
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
@@ -155,7 +162,14 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, cudaSt
 cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
   NarrowTask params{narrow_task(p, planes), {}};
   params.linear.follows_own = planes > 0;
-  return expand(params, p, even_rank(p), stream);
+  return expand(params, p, even_rank(p), kBlocksPerSm, stream);
+}
+
+cudaError_t expand_deltas_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  NarrowTask params{narrow_task(p, planes), {}};
+  params.linear.follows_own = true;
+  params.linear.sets_y = true;
+  return expand(params, p, even_rank(p), kBlocksPerSm, stream);
 }
 
 cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream) {
@@ -163,7 +177,9 @@ cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream)
   NarrowTask params{narrow_task(p, 0), token_source(e)};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);
-  return expand(params, p, embedding_rank(e), stream);
+  // a lookup of few rows is short: half as many, so that the next kernel's may stand beside
+  const int blocks = p.rows <= kDecodeRows ? 1 : kBlocksPerSm;
+  return expand(params, p, embedding_rank(e), blocks, stream);
 }
 
 }  // namespace polylora::cuda

@@ -6,7 +6,8 @@
 //            expand_wide.cu
 //   general  everything: *_general.cu
 //
-// shrink on its own and embedding know wide, mma and general; expand mma and general.
+// shrink on its own and embedding know wide, mma and general; expand mma and general, and so do deltas of decode and
+// what adds them (add_delta.cu).
 //
 // POLYLORA_PATH forces one (common/choose.h); POLYLORA_BATCH_INVARIANT=1 takes one whose order of sums is the same for
 // all batch sizes. Both are read at every call. Halves of MoE: moe/moe.cu.
@@ -58,6 +59,14 @@ cudaError_t choose_linear(const LoraParams& params, Path& path) {
   const bool wide = wide_shrink_serves(params) && wide_expand_serves(params);
   const bool heavy = cluster && narrow_shrink_serves(params) && decode_weight_bytes(params) >= kHeavyBytes;
   return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path, heavy ? Path::kMma : Path::kCluster);
+}
+
+// Deltas alone: kMma, decode's two launches, or what linear takes, added to -0. Beside a GEMM clusters, whose blocks have
+// to stand at once, come after it.
+cudaError_t choose_delta(const LoraParams& params, Path& path) {
+  path = Path::kGeneral;
+  if (!is_few(params) || !narrow_shrink_serves(params)) return cudaSuccess;
+  return choose({{false, false, true, true}}, {{false, false, true, true}}, path);
 }
 
 cudaError_t choose_shrink(const LoraParams& params, Path& path) {
@@ -175,6 +184,39 @@ cudaError_t linear(const LoraParams& params, cudaStream_t stream) {
   if (parts.short_bytes > 0) parts.long_part.scratch = static_cast<char*>(params.scratch) + parts.short_bytes;
   if (error == cudaSuccess) error = launch_linear(parts.short_part, parts.short_path, stream);
   return error == cudaSuccess ? launch_linear(parts.long_part, path, stream) : error;
+}
+
+cudaError_t linear_delta_scratch(const LoraParams& params, int64_t& bytes) {
+  bytes = 0;
+  if (adds_nothing(params)) return cudaSuccess;
+  Path path;
+  const cudaError_t error = choose_delta(params, path);
+  if (error != cudaSuccess) return error;
+  return path == Path::kMma ? scratch_of(params, path, bytes) : linear_scratch(params, bytes);
+}
+
+cudaError_t linear_delta(const LoraParams& params, cudaStream_t stream) {
+  if (adds_nothing(params)) return cudaSuccess;
+  Path path;
+  cudaError_t error = choose_delta(params, path);
+  if (error != cudaSuccess) return error;
+  if (path != Path::kMma) {
+    error = clear_deltas_path(params, stream);
+    return error == cudaSuccess ? linear(params, stream) : error;
+  }
+  int parts = 0;
+  error = narrow_parts(params, parts);
+  if (error == cudaSuccess) error = shrink_narrow_path(params, parts, stream);
+  return error == cudaSuccess ? expand_deltas_narrow_path(params, parts, stream) : error;
+}
+
+cudaError_t add_delta(const AddDeltaParams& params, cudaStream_t stream) {
+  if (adds_nothing(params.lora)) return cudaSuccess;
+  Path path;
+  const cudaError_t error =
+      choose({{false, false, add_delta_serves(params), true}}, {{false, false, true, true}}, path);
+  if (error != cudaSuccess) return error;
+  return (path == Path::kMma ? add_delta_path : add_delta_general_path)(params, stream);
 }
 
 cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {

@@ -211,6 +211,13 @@ struct NarrowExpand {
     for (int i = 0; i < 4; ++i) v_frag[i] = 0;
   }
 
+  /// In place of y: -0, so that the delta alone comes out, and -0 where a scale of -0 says that there is none.
+  __device__ __forceinline__ void start_from_nothing() {
+    constexpr uint32_t kMinusZeros = 0x80008000u;
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) y_frag[i] = {kMinusZeros, kMinusZeros, kMinusZeros, kMinusZeros};
+  }
+
   __device__ __forceinline__ static bool is_wide(int r, int rank, int alignment) {
     return kWide && r + 32 <= rank && (alignment & 7) == 0;
   }

@@ -42,7 +42,17 @@ bool narrow_shrink_serves(const LoraParams& params);
 cudaError_t narrow_parts(const LoraParams& params, int& parts);
 cudaError_t shrink_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t expand_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
+/// expand after shrink_narrow_path, with deltas alone: y is [rows, sum of widths], slice after slice.
+cudaError_t expand_deltas_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t embedding_narrow_path(const EmbeddingParams& params, cudaStream_t stream);
+
+/// -0 in all deltas of a call, which are its y, slice after slice.
+cudaError_t clear_deltas_path(const LoraParams& params, cudaStream_t stream);
+
+/// y += deltas, of the rows with an adapter: 16 bytes at a time, and anything.
+bool add_delta_serves(const AddDeltaParams& params);
+cudaError_t add_delta_path(const AddDeltaParams& params, cudaStream_t stream);
+cudaError_t add_delta_general_path(const AddDeltaParams& params, cudaStream_t stream);
 
 /// POLYLORA_BATCH_INVARIANT: sums in an order that no other row and no number of rows changes.
 bool batch_invariant();

@@ -52,6 +52,7 @@ struct LinearTask {
   int32_t a_rows_used;   // of an entry; 0: its rank
   // of the blocks that share the outputs of a tile, each slice's first, then their number; all zero: shared otherwise
   uint16_t first_part[kMaxSlices + 1];
+  bool sets_y;       // decode: y is the deltas alone; it is written, -0 where a slice is absent
   bool follows_own;  // the kernel before is our own of the same call: of what this one reads, only v may still change
   bool holds_next;   // the next kernel is such a one: it starts when all that came before this one is done
   LinearSlice slice[kMaxSlices];
