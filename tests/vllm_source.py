@@ -8,7 +8,8 @@ stands in for what:
 - the Triton kernels ``lora_shrink`` and ``lora_expand``: the same in torch, from the metadata that they are given (on
   a GPU they are themselves);
 - pinned memory, where there is no GPU: ordinary memory;
-- base layers: their GEMM, without tensor parallelism.
+- base layers: their GEMM, without tensor parallelism;
+- what vLLM's Triton experts launch (GEMMs, activations, the top-k sum), where there is no GPU: the same in torch.
 
 Everything else, the layers with LoRA, their set_lora, the wrapper that ours inherits from and the forward context, is
 vLLM's.
@@ -215,3 +216,105 @@ def base_linear(kind: str, k: int, widths: list[int], dtype: torch.dtype, **attr
         setattr(base, name, value)
     Base.__name__ = kind
     return base
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+def moe_config(experts, local, top_k, hidden, inner, activation: str, dtype: torch.dtype):
+    """vLLM's description of an MoE layer on one rank, of ``local`` out of ``experts`` experts."""
+    config = importlib.import_module("vllm.model_executor.layers.fused_moe.config")
+    acts = importlib.import_module("vllm.model_executor.layers.fused_moe.activation").MoEActivation
+    parallel = config.FusedMoEParallelConfig.make_no_parallel()
+    return config.FusedMoEConfig(
+        num_experts=experts, experts_per_token=top_k, hidden_dim=hidden, intermediate_size=inner,
+        num_local_experts=local, num_logical_experts=experts, activation=acts.from_str(activation),
+        device=torch.get_default_device(), routing_method=config.RoutingMethodType.TopK, moe_parallel_config=parallel,
+        in_dtype=dtype,
+    )  # fmt: skip
+
+
+def base_experts(config) -> nn.Module:
+    """What FusedMoEWithLoRA asks of vLLM's MoE runner: random weights in vLLM's modular kernel of Triton experts."""
+    layers = "vllm.model_executor.layers.fused_moe"
+    kernel = importlib.import_module(f"{layers}.modular_kernel").FusedMoEKernel
+    prepare = importlib.import_module(f"{layers}.prepare_finalize").MoEPrepareAndFinalizeNoDPEPModular
+    triton = importlib.import_module(f"{layers}.experts.triton_moe").TritonExperts
+    unquantised = importlib.import_module(f"{layers}.config").FUSED_MOE_UNQUANTIZED_CONFIG
+    hidden, inner, local = config.hidden_dim, config.intermediate_size_per_partition, config.num_local_experts
+    width = inner * (2 if config.is_act_and_mul else 1)
+
+    class Method:
+        supports_internal_mk, is_monolithic, moe_quant_config = True, False, unquantised
+        moe_kernel = kernel(prepare(), triton(config, unquantised))
+
+    class Routed(nn.Module):
+        quant_method = Method()
+
+        def _ensure_moe_quant_config_init(self):
+            pass
+
+    class Base(nn.Module):
+        _shared_experts, moe_config, _quant_method = None, config, Routed.quant_method
+
+        def _replace_quant_method(self, method):
+            pass
+
+    base = Base()
+    base.routed_experts = Routed()
+    w1, w2 = torch.randn(local, width, hidden) / hidden**0.5, torch.randn(local, hidden, inner) / inner**0.5
+    for name, weight in (("w13_weight", w1), ("w2_weight", w2)):
+        weight = nn.Parameter(weight.to(config.in_dtype), requires_grad=False)
+        setattr(base.routed_experts, name, weight)
+    return base
+
+
+def plain_experts(monkeypatch) -> None:
+    """Lets vLLM's Triton experts run without a GPU."""
+    if torch.cuda.is_available():
+        return
+    triton = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.triton_moe")
+    modular = importlib.import_module("vllm.model_executor.layers.fused_moe.modular_kernel")
+    config = importlib.import_module("vllm.model_executor.layers.fused_moe.config")
+    # Experts without a gate ask for it.
+    platform = types.SimpleNamespace(is_cuda_alike=lambda: True, fp8_dtype=lambda: torch.float8_e4m3fn)
+    monkeypatch.setattr(config, "current_platform", platform)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # by its manager of workspaces
+    monkeypatch.setattr(triton, "tl", types.SimpleNamespace(bfloat16=None, float16=None, float32=None))
+    monkeypatch.setattr(triton, "try_get_optimal_moe_config", lambda *args, **kwargs: {"BLOCK_SIZE_M": 16})
+    monkeypatch.setattr(triton, "_prepare_expert_assignment", assignment)
+    monkeypatch.setattr(triton, "invoke_fused_moe_triton_kernel", experts_gemm)
+    monkeypatch.setattr(triton.ops, "moe_sum", lambda x, out, *held: out.copy_(x.float().sum(1)))
+    monkeypatch.setattr(modular, "apply_moe_activation", lambda act, out, x, **rest: out.copy_(activated(act, x)))
+
+
+def assignment(topk_ids, config, tokens, top_k, experts, expert_map=None, **kwargs):
+    """The local expert of each pair, instead of sorted and aligned ids."""
+    ids = topk_ids.flatten().long()
+    return ids if expert_map is None else expert_map[ids].long(), None, None
+
+
+def experts_gemm(x, w, y, x_scale, w_scale, topk_weights, ids, expert_ids, padded, weighted, top_k, config, **kwargs):
+    calls.append("experts_gemm")
+    rows = x.float()[torch.arange(ids.numel()) // top_k]
+    out = torch.einsum("pnk,pk->pn", w.float()[ids.clamp(min=0)], rows) * (ids >= 0).unsqueeze(1)
+    y.copy_((out * topk_weights.flatten().unsqueeze(1) if weighted else out).view(y.shape))
+
+
+def activated(act, x: Tensor) -> Tensor:
+    """vLLM's activation of ``x [rows, N]``, by the name of it."""
+    name, x = act.value, x if x.dtype == torch.float64 else x.float()
+    if name == "swigluoai":
+        gate, up = x[:, ::2].clamp(max=7.0), x[:, 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    plain = name.removesuffix("_no_mul")
+    f = {
+        "silu": nn.functional.silu,
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+        "relu2": lambda x: nn.functional.relu(x) ** 2,
+    }[plain]
+    if plain != name:
+        return f(x)
+    gate, up = x.chunk(2, dim=1)
+    return f(gate) * up

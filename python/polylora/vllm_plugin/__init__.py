@@ -5,10 +5,11 @@
 ``ops.py``       ``torch.ops.polylora_vllm.*``: those methods, opaque to ``torch.compile``
 ``step.py``      which adapter each row of a step uses, and the plan made of it inside the forward pass
 ``tables.py``    vLLM's slot tensors, used in place, with the true rank of the adapter in each slot
+``experts.py``   those of MoE layers, and what the two halves of their experts do with them
 ===============  ====================================================================================================
 
-vLLM's own kernels go on serving what these do not: the experts of an MoE, fully sharded LoRA, slots of more ranks than
-polylora has, outputs of another dtype than their inputs. What it is and why is in the log, once.
+vLLM's own kernels go on serving what these do not: fully sharded LoRA, slots of more ranks than polylora has, outputs
+of another dtype than their inputs. What it is and why is in the log, once.
 
 Importing this package does not import vLLM; its modules but this one do.
 """

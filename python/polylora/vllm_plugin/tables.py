@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ def refusal_of_slots(rank: int, slices: int, dtype: torch.dtype) -> str | None:
 # --------------------------------------------------------------------------------------------------------- the layers
 
 
-def follow_layers(wrapper: type) -> None:
-    """Has every layer that is given a ``wrapper`` announce itself; may be called any number of times."""
+def follow_layers(wrapper: type, adopt: Callable[[nn.Module], object]) -> None:
+    """Has every layer that is given a ``wrapper`` adopted; may be called any number of times."""
     original = BaseLayerWithLoRA.set_mapping
     if getattr(original, "_polylora", False):
         return

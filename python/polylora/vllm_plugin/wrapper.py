@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from vllm.lora.layers import LoRAMapping
+from torch import Tensor, nn
+from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 import polylora.vllm_plugin.ops  # noqa: F401  (registers torch.ops.polylora_vllm)
+from polylora.vllm_plugin import experts
 from polylora.vllm_plugin.step import StepRows, slots_of
-from polylora.vllm_plugin.tables import follow_layers, refusal_of_slots, say_once
+from polylora.vllm_plugin.tables import adopt, follow_layers, refusal_of_slots, say_once
 
 # While torch.compile traces, what is constant there is said there, once; no part of it is left in the model.
 _say_while_tracing = torch.compiler.assume_constant_result(say_once)
 
 
 class PolyloraPunicaWrapper(PunicaWrapperGPU):
-    """vLLM's wrapper with polylora's kernels under the dense layers, embeddings and logits.
+    """vLLM's wrapper with polylora's kernels under linears, the experts of MoE layers, embeddings and logits.
 
     - ``update_metadata`` puts a step's rows on the device without a synchronisation.
     - A layer takes one fused op, on vLLM's slot tensors in place, at the true ranks of the adapters.
-    - The experts of MoE layers (``add_lora_w13``, ``add_lora_w2``) are served by vLLM's own kernels for now: those
-      methods are inherited, and what they read is kept up to date.
-    - So is what polylora does not serve: an output of another dtype than its input, more than 256 ranks or 8 slices,
-      fully sharded LoRA. Shapes and dtypes decide it, the same at every call; the log says it once.
+    - So do the two halves of an MoE layer's experts (``add_lora_w13``, ``add_lora_w2``), in the base's intermediate
+      buffers, with one plan of the step's (token, expert) pairs, which the first half makes on the device.
+    - vLLM's own kernels, with metadata that is kept up to date, go on serving what polylora does not: an output of
+      another dtype than its input, more than 256 ranks or 8 slices, fully sharded LoRA. Shapes and dtypes decide it,
+      the same at every call; the log says it once.
 
     Two passes at a time over one wrapper (micro-batches on two streams) are not supported, nor are they by vLLM's own:
     both would read the rows of the first.
@@ -37,7 +39,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        follow_layers(PolyloraPunicaWrapper)
+        follow_layers(PolyloraPunicaWrapper, _adopt)
         self._fully_sharded = bool(self.lora_config.fully_sharded_loras)
         self._embeddings_indices.zero_()
         with torch.inference_mode(False):  # steps may come in either mode
@@ -150,6 +152,114 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         rows, no_lora = self._tokens.rows, self._tokens.no_lora
         torch.ops.polylora_vllm.expand(y, x, list(lora_b_stacked), rows, no_lora, offset_start)
 
+    # ----------------------------------------------------------------------------------- the experts of MoE layers
+
+    def add_lora_w13(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        expert_map: Tensor | None,
+        w1: Tensor,
+        w2: Tensor,
+        num_tokens: int,
+        top_k_num: int,
+        max_loras: int,
+        adapter_enabled: Tensor,
+        local_num_experts: int,
+        top_k: int,
+        num_slices: int,
+        fully_sharded: bool,
+        use_tuned_config: bool,
+        add_inputs: bool = True,
+        token_lora_mapping: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """``y[pair] += (x[token] A^T) B^T`` of each pair's adapter and expert; rows without one keep their bits.
+
+        Args:
+            y: ``[tokens, top_k, N]`` or ``[pairs, N]``, slices side by side in the order of the tuples. With
+                ``add_inputs=False`` y is zeros: adding to it is the same.
+            x: ``[tokens, K]``.
+            lora_a_stacked: ``[slots, experts, R, K]`` each; ``lora_b_stacked``: ``[slots, experts, width, R]`` each.
+            topk_ids: ``[tokens, top_k]``; global numbers where there is an ``expert_map`` (int32, -1 = elsewhere).
+            token_lora_mapping: int32 ``[tokens]``, the slots of the tokens of all ranks under expert parallelism.
+                Without it the step's own rows count.
+
+        Returns four values for :meth:`add_lora_w2` alone: the plan (None: no row has an adapter) and three None. What
+        vLLM's own method returns has expert ids in the second place.
+        """
+        tables = experts.tables_of(lora_a_stacked)
+        if tables is None or self._declines(y, x, lora_b_stacked, lora_b_stacked[0].size(-1), 1.0):
+            return super().add_lora_w13(
+                y, x, lora_a_stacked, lora_b_stacked, topk_ids, topk_weights, expert_map, w1, w2, num_tokens,
+                top_k_num, max_loras, adapter_enabled, local_num_experts, top_k, num_slices, fully_sharded,
+                use_tuned_config, add_inputs=add_inputs, token_lora_mapping=token_lora_mapping,
+            )  # fmt: skip
+        slots = self.token_slots(num_tokens, token_lora_mapping)
+        if slots is None:
+            return None, None, None, None
+        plan = experts.empty_plan(tables, topk_ids)
+        experts.fill_plan(plan, tables, topk_ids, slots, expert_map)
+        y = y.view(-1, y.size(-1))
+        experts.add_gate_up(tables, y, x, plan, topk_ids.size(1), tables.cols(lora_a_stacked))
+        return plan, None, None, None
+
+    def add_lora_w2(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        topk_weights: Tensor,
+        sorted_token_ids_lora: Tensor | None,
+        expert_ids_lora: Tensor | None,
+        num_tokens_post_padded_lora: Tensor | None,
+        token_lora_mapping: Tensor | None,
+        num_tokens: int,
+        w1: Tensor,
+        w2: Tensor,
+        top_k_num: int,
+        max_loras: int,
+        adapter_enabled: Tensor,
+        top_k: int,
+        fully_sharded: bool,
+        tp_rank: int,
+        use_tuned_config: bool,
+        add_inputs: bool = True,
+    ) -> None:
+        """``y[pair] += w[pair] (x[pair] A^T) B^T`` of each pair's adapter and expert.
+
+        Args:
+            y: ``[tokens, top_k, hidden]``. With ``add_inputs=False`` y is zeros: adding to it is the same.
+            x: ``[pairs, I]``.
+            topk_weights: ``[tokens, top_k]``.
+            sorted_token_ids_lora, expert_ids_lora, num_tokens_post_padded_lora, token_lora_mapping: what
+                :meth:`add_lora_w13` returned for these tokens; whose kernels served them serve these.
+        """
+        if expert_ids_lora is not None:
+            super().add_lora_w2(
+                y, x, lora_a_stacked, lora_b_stacked, topk_weights, sorted_token_ids_lora, expert_ids_lora,
+                num_tokens_post_padded_lora, token_lora_mapping, num_tokens, w1, w2, top_k_num, max_loras,
+                adapter_enabled, top_k, fully_sharded, tp_rank, use_tuned_config, add_inputs=add_inputs,
+            )  # fmt: skip
+            return
+        plan = sorted_token_ids_lora
+        if plan is not None:
+            tables = experts.tables_of(lora_a_stacked)
+            experts.add_down(tables, y.view(-1, y.size(-1)), x, plan, topk_weights)
+
+    def token_slots(self, num_tokens: int, mapping: Tensor | None) -> Tensor | None:
+        """The slots of an MoE layer's tokens, int32 ``[num_tokens]``; None: no token has an adapter.
+
+        Where tokens of all ranks are gathered (``mapping``), this rank's own flag says nothing about the others'.
+        """
+        if mapping is not None:
+            return mapping[:num_tokens]
+        return None if self._tokens.no_lora.item() else self._tokens.rows[:num_tokens]
+
     # ------------------------------------------------------------------------------------- what vLLM's kernels serve
 
     def _declines(self, y: Tensor, x: Tensor, weights: tuple[Tensor, ...], rank: int, scale: float) -> bool:
@@ -166,6 +276,14 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         if reason is None and scale != 1.0:
             reason = f"a scale of {scale} beside the weights"
         return reason is not None and _say_while_tracing(f"layers with {reason} keep vLLM's kernels.")
+
+
+def _adopt(layer: nn.Module) -> None:
+    """What is done to each layer that is given the wrapper."""
+    if isinstance(layer, FusedMoEWithLoRA):
+        experts.adopt_experts(layer)
+    else:
+        adopt(layer)
 
 
 def _linear(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], step: StepRows) -> None:
