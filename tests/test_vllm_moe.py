@@ -3,6 +3,7 @@ vLLM's experts hand over, and whole layers. vLLM's own files; vllm_source.py say
 
 from __future__ import annotations
 
+import logging
 import types
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 vllm_source.require_vllm()
 
-from polylora.vllm_plugin import experts, tables  # noqa: E402
+from polylora.vllm_plugin import beside, tables  # noqa: E402
 from polylora.vllm_plugin.wrapper import PolyloraPunicaWrapper  # noqa: E402
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
@@ -30,6 +31,8 @@ KINDS = {
     "3d": (FusedMoE3DWithLoRA, "silu", "Some", False),
     "gpt_oss": (FusedMoE3DWithLoRA, "swigluoai", "GptOssForCausalLM", False),
 }
+INLINE = ["moe_plan", "moe_gate_up_", "moe_down_"]
+BESIDE = ["moe_plan", "moe_delta", "moe_act", "moe_delta", "moe_reduce"]
 # Experts of this rank under expert parallelism: 6 of 8, in an order of their own.
 EXPERT_MAP = [3, -1, 0, 5, 1, -1, 4, 2]
 
@@ -42,6 +45,42 @@ def half(request) -> torch.dtype:
 @pytest.fixture(params=list(KINDS))
 def kind(request) -> str:
     return request.param
+
+
+@pytest.fixture(params=["beside", "inline"])
+def way(request, monkeypatch) -> str:
+    """Deltas on a side stream and in the seams, or added to vLLM's buffers between its kernels."""
+    monkeypatch.setenv("POLYLORA_VLLM_BESIDE", "1" if request.param == "beside" else "0")
+    return request.param
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """Names of polylora's MoE ops, in the order in which they are called."""
+    return note_calls(monkeypatch, lambda name: name)
+
+
+def note_calls(monkeypatch, note) -> list:
+    """What ``note`` makes of the name of each MoE op that is called."""
+    notes, running = [], []
+
+    def noting(name, op):
+        def call(*args):
+            if running:  # torch looks an op up by its name once more where a default device is set
+                return op(*args)
+            notes.append(note(name))
+            running.append(name)
+            try:
+                return op(*args)
+            finally:
+                running.clear()
+
+        return call
+
+    ops = torch.ops.polylora
+    for name in {*BESIDE, *INLINE}:
+        monkeypatch.setattr(ops, name, noting(name, getattr(ops, name)))
+    return notes
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +147,7 @@ class Layer:
         self.layer.set_lora(slot, [made[n][0] for n in self.names], [made[n][1] for n in self.names])
 
     def step(self, ids, slot_ids) -> None:
-        self.wrapper.update_metadata(LoRAMapping(tuple(ids), (), is_prefill=True), slot_ids, SLOTS + 1, 40)
+        self.wrapper.update_metadata(LoRAMapping(tuple(ids), tuple(ids[:1]), is_prefill=True), slot_ids, SLOTS + 1, 40)
 
     def route(self, tokens) -> tuple[Tensor, Tensor]:
         """Top-k ids and weights: token 1 has an expert twice, and where there is no map a pair has none."""
@@ -216,7 +255,7 @@ class Layer:
     def check_whole(self, got, x, ids, topk_ids, topk_weights) -> None:
         want, base = self.want_whole(x, ids, topk_ids, topk_weights)
         error = (got.double() - want).norm(dim=1)
-        assert (error <= 8 * EPS[self.dtype] * want.norm(dim=1) + 1e-3).all(), error.max()
+        assert (error <= 12 * EPS[self.dtype] * want.norm(dim=1) + 1e-3).all(), error.max()
         lora = torch.tensor([token < len(ids) and ids[token] > 0 for token in range(len(x))])
         if lora.any():
             assert (want - base)[lora].norm() > 0.12 * want[lora].norm()
@@ -329,12 +368,13 @@ def test_mapping_of_all_ranks(half):
     layer.check_halves([], 9)
 
 
-def test_no_lora(half, monkeypatch):
+def test_no_lora(half, launched):
     """Nothing is launched in a step without adapters."""
     layer = loaded("gated", half)
     layer.step([0, -1, 0], SLOT_IDS)
-    monkeypatch.setattr(experts.torch.ops.polylora, "moe_plan", None)
     layer.check_halves([], 3)
+    layer.forward(torch.randn(3, HIDDEN).to(half), *layer.route(3))
+    assert not launched
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
@@ -367,20 +407,135 @@ def test_two_dimensional_gate_up_buffer(half):
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["all_experts", "expert_map"])
-def test_layer(kind, half, mapped):
+def test_layer(kind, half, mapped, way, launched):
     """vLLM's kernel of Triton experts, from hidden states to the sum over the experts."""
     layer = loaded(kind, half, mapped=mapped)
     for ids in (IDS, [0, 0, 0], [7] * 11, IDS[:1]):
         layer.step(ids, SLOT_IDS)
-        x, routed = torch.randn(11, HIDDEN).to(half), layer.route(11)
-        layer.check_whole(layer.forward(x, *routed), x, ids, *routed)
+        launched.clear()
+        check_forward(layer, ids, 11)
+        assert launched == ([] if not any(ids) else BESIDE if way == "beside" else INLINE)
+
+
+def check_forward(layer, ids, tokens) -> None:
+    x, routed = torch.randn(tokens, layer.hidden).to(layer.dtype), layer.route(tokens)
+    layer.check_whole(layer.forward(x, *routed), x, ids, *routed)
+
+
+def test_layer_with_other_adapters(kind, half, way):
+    layer = loaded(kind, half)
+    layer.step(IDS, SLOT_IDS)
+    check_forward(layer, IDS, 9)
+    layer.put(0, 9)
+    layer.put(1, 1)
+    layer.layer.reset_lora(3)
+    slot_ids, ids = [9, 1, None, 7], [1, 9, 7, 1, 0, 9]  # 7 has no experts any more
+    layer.step(ids, slot_ids)
+    check_forward(layer, [0 if i == 7 else i for i in ids], 6)
+
+
+def test_layer_on_the_mapping_of_all_ranks(half, way):
+    layer = loaded("gated", half, mapped=True)
+    layer.step([0, 0], SLOT_IDS)
+    slots = {i: slot for slot, i in enumerate(SLOT_IDS) if i is not None}
+    mapping = torch.tensor([slots.get(i, -1) for i in IDS], dtype=torch.int32)
+    layer.triton._lora_context.local_token_lora_mapping = mapping
+    check_forward(layer, IDS, 9)
+
+
+# ------------------------------------------------------------------------------------------------- beside, or not so
+
+
+def test_beside_is_left_to_what_it_knows(half, monkeypatch, caplog):
+    """Constants of a layer decide it, when the layer is given the wrapper; where it is so, the log says so."""
+    caplog.set_level(logging.INFO, logger="vllm.polylora")
+
+    def replaced(layer) -> bool:
+        return "apply" in vars(layer.triton)
+
+    assert all(replaced(Layer(kind, half)) for kind in KINDS)
+    assert said(caplog, logging.INFO) == [
+        f"polylora: {name}: deltas run beside the base's GEMMs, on a side stream."
+        for name in ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA")
+    ]
+    for activation, with_lora in (("swigluoai", FusedMoEWithLoRA), ("swiglustep", FusedMoE3DWithLoRA)):
+        monkeypatch.setitem(KINDS, "other", (with_lora, activation, "Some", False))
+        assert not replaced(Layer("other", half))
+    with monkeypatch.context() as patched:
+        patched.setattr(beside, "_clamp_limit", lambda experts: 7.0)
+        assert not replaced(Layer("gated", half)) and replaced(Layer("gpt_oss", half))
+    with monkeypatch.context() as patched:
+        patched.setattr(beside.TritonExperts, "weight_quant_dtype", torch.int8)
+        assert not replaced(Layer("gated", half))
+    monkeypatch.setenv("POLYLORA_VLLM_BESIDE", "0")
+    assert not replaced(Layer("gated", half))
+
+
+def test_clamp_limit_is_found(half):
+    layer = Layer("gated", half)
+    assert beside._clamp_limit(layer.triton) is None
+    config = getattr(layer.triton, "activation_config", None)
+    if config is None:
+        layer.triton.quant_config = types.SimpleNamespace(gemm1_clamp_limit=7.0)
+    else:
+        layer.triton.activation_config = types.SimpleNamespace(clamp_limit=7.0)
+    assert beside._clamp_limit(layer.triton) == 7.0
+
+
+def test_calls_that_are_not_served_beside(half, monkeypatch, launched):
+    """Sizes and settings of a call decide it; deltas are then added inline."""
+    layer = loaded("3d", half)
+    layer.step(IDS, SLOT_IDS)
+    monkeypatch.setattr(beside, "MAX_DELTA_BYTES", 9 * TOP_K * HIDDEN * 2)
+    check_forward(layer, IDS, 9)
+    assert launched == BESIDE
+    launched.clear()
+    check_forward(layer, IDS, 10)
+    assert launched == INLINE
+    given = {
+        "hidden_states": torch.randn(9, HIDDEN).to(half), "w1": layer.w13, "topk_ids": layer.route(9)[0],
+        "activation": layer.config.activation, "apply_router_weight_on_input": False,
+    }  # fmt: skip
+    serves = layer.triton.apply.__self__.serves
+    assert serves(given)
+    for name, value in (
+        ("hidden_states", torch.randn(9, HIDDEN)), ("w1", torch.cat([layer.w13, layer.w13])), ("activation", None),
+        ("apply_router_weight_on_input", True),
+    ):  # fmt: skip
+        assert not serves({**given, name: value}), name
+    layer.triton._lora_context.aux_stream = object()  # vLLM's own dual stream
+    assert not serves(given)
+
+
+def test_deltas_are_never_lost(half):
+    """Versions of vLLM whose experts leave out what adds the deltas."""
+    layer = loaded("gated", half)
+    layer.step(IDS, SLOT_IDS)
+    patched = layer.triton.apply.__self__
+    vllms_apply, y = patched._vllms["apply"], torch.zeros(9, HIDDEN)
+    for other, complaint in (
+        (lambda **given: None, "did not call moe_sum"),
+        (lambda **given: patched.moe_sum(y.view(3, 3, -1), y[:3]), "did not call activation"),
+    ):
+        patched._vllms["apply"] = other
+        with pytest.raises(RuntimeError, match=f"polylora: vLLM's experts {complaint}"):
+            check_forward(layer, IDS, 9)
+    patched._vllms["apply"] = vllms_apply
+    check_forward(layer, IDS, 9)
+
+
+def test_layer_that_is_given_vllms_wrapper_again(half, launched, vllms):
+    layer = loaded("gated", half)
+    layer.layer.set_mapping(make_wrapper(lora_config(half), kind=PunicaWrapperGPU))
+    layer.forward(torch.randn(3, HIDDEN).to(half), *layer.route(3))
+    assert [name for name, _, _ in vllms] == ["add_lora_w13", "add_lora_w2"] and not launched
 
 
 # --------------------------------------------------------------------------------------- what vLLM's kernels still do
 
 
-def said(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "vllm.polylora"]
+def said(caplog, level=logging.WARNING):
+    return [r.getMessage() for r in caplog.records if r.name == "vllm.polylora" and r.levelno == level]
 
 
 @pytest.fixture
@@ -449,7 +604,7 @@ def pair_of_layers(kind, half, **sizes):
 
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("tokens", [1, 9, 200])
-def test_not_worse_than_vllms_kernels(kind, device, tokens):
+def test_not_worse_than_vllms_kernels(kind, device, tokens, way):
     """Both wrappers on the same layer against float64; theirs rounds more often."""
     ours, theirs = pair_of_layers(kind, torch.bfloat16, hidden=256, inner=128)
     ids = [IDS[i % len(IDS)] for i in range(tokens)]
@@ -466,7 +621,7 @@ def test_not_worse_than_vllms_kernels(kind, device, tokens):
 
 
 @pytest.mark.cuda_only
-def test_captured_graph_sees_later_steps(kind, half, device):
+def test_captured_graph_sees_later_steps(kind, half, device, way):
     """One capture, of more rows than any step has; then other mappings, experts, adapters, ranks, and none at all."""
     from vllm.forward_context import override_forward_context
 
@@ -510,7 +665,7 @@ def test_captured_graph_sees_later_steps(kind, half, device):
 
 
 @pytest.mark.cuda_only
-def test_a_step_does_not_wait_for_the_device(half, device):
+def test_a_step_does_not_wait_for_the_device(half, device, way):
     """CUDA is told to raise where a call would synchronise."""
     layer = loaded("gated", half)
     x, routed = torch.randn(9, HIDDEN).to(half), layer.route(9)
@@ -522,3 +677,51 @@ def test_a_step_does_not_wait_for_the_device(half, device):
         layer.forward(x, *routed)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda_only
+def test_streams(half, device, monkeypatch):
+    """Plan and deltas on the side stream, seams on the step's, which is any stream."""
+    layer = loaded("gated", half)
+    layer.step(IDS, SLOT_IDS)
+    notes = note_calls(monkeypatch, lambda name: (name, torch.cuda.current_stream()))
+    own = torch.cuda.Stream()
+    side = beside.side_stream_of(layer.w2.device)._stream
+    assert side.priority < own.priority
+    own.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(own):
+        check_forward(layer, IDS, 9)
+    assert notes == list(zip(BESIDE, [side, side, own, side, own], strict=True))
+
+
+@pytest.mark.cuda_only
+def test_deltas_memory_is_not_reused_too_early(half, device):
+    """Steps of changing sizes one after the other, other allocations between them, no synchronisation: always the
+    same result. Each step's hidden states are overwritten as soon as the step is queued."""
+    layer = loaded("gated", half, hidden=512, inner=256, wrapper=make_wrapper(lora_config(half), tokens=512))
+    inputs, wants = {}, {}
+    for tokens in (1, 33, 256, 500):
+        layer.step([7] * tokens, SLOT_IDS)
+        inputs[tokens] = torch.randn(tokens, 512).to(half), layer.route(tokens)
+        wants[tokens] = layer.forward(inputs[tokens][0], *inputs[tokens][1]).clone()
+    torch.cuda.synchronize()
+    got = []
+    for tokens in [1, 500, 33, 256, 256, 1, 500, 500] * 20:
+        layer.step([7] * tokens, SLOT_IDS)
+        x = inputs[tokens][0].clone()
+        out = layer.forward(x, *inputs[tokens][1])
+        x.fill_(float("nan"))
+        got.append((tokens, out.clone()))
+        torch.full((tokens * TOP_K, 512), float("nan"), dtype=half)
+    for tokens, out in got:
+        assert torch.equal(out, wants[tokens])
+
+
+@pytest.mark.cuda_only
+def test_vllms_dual_stream(kind, half, device, monkeypatch):
+    """Its own side stream, where it is turned on, is used as it is: deltas of zeros, added afterwards."""
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    layer = loaded(kind, half)
+    assert layer.triton._lora_context.aux_stream is not None
+    layer.step(IDS, SLOT_IDS)
+    check_forward(layer, IDS, 9)

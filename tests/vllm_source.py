@@ -297,7 +297,8 @@ def assignment(topk_ids, config, tokens, top_k, experts, expert_map=None, **kwar
 def experts_gemm(x, w, y, x_scale, w_scale, topk_weights, ids, expert_ids, padded, weighted, top_k, config, **kwargs):
     calls.append("experts_gemm")
     rows = x.float()[torch.arange(ids.numel()) // top_k]
-    out = torch.einsum("pnk,pk->pn", w.float()[ids.clamp(min=0)], rows) * (ids >= 0).unsqueeze(1)
+    out = torch.einsum("pnk,pk->pn", w.float()[ids.clamp(min=0)], rows)
+    out = torch.where((ids >= 0).unsqueeze(1), out, 0.0)  # whatever x holds there
     y.copy_((out * topk_weights.flatten().unsqueeze(1) if weighted else out).view(y.shape))
 
 

@@ -41,6 +41,24 @@ class ExpertTables:
         ranks = [layer.w2_lora_b_stacked[0].size(-1) if enabled else 0 for enabled in loaded]
         self.gate_up = SliceTable.from_vllm_moe(layer.w13_lora_a_stacked, layer.w13_lora_b_stacked, ranks)
         self.down = SliceTable.from_vllm_moe(layer.w2_lora_a_stacked, layer.w2_lora_b_stacked, ranks)
+        self._split: SliceTable | None = None
+
+    def split_gate_up(self, layer: FusedMoEWithLoRA, interleaved: bool) -> SliceTable:
+        """``gate_up`` with gate and up as slices of their own, as an activation wants them, and kept up to date, too.
+
+        Args:
+            layer: whose tables these are.
+            interleaved: the rows of gate and up alternate where they are one slice, as in the base's weight.
+        """
+        if len(self.gate_up.widths) == 2 or not layer.moe_config.is_act_and_mul:
+            return self.gate_up
+        if self._split is None:
+            ranks = list(self.gate_up.words()[:, :, 1].reshape(self.slots, self.experts, 1))
+            widths = [self.gate_up.widths[0] // 2] * 2
+            a, b = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
+            with torch.inference_mode(False):
+                self._split = SliceTable.from_vllm_moe(a, b, ranks, widths=widths, interleaved=interleaved)
+        return self._split
 
     @property
     def experts(self) -> int:
@@ -57,10 +75,14 @@ class ExpertTables:
         first, down, *third = [0 if a is None or b is None else a.size(1) for a, b in halves]
         self.gate_up.set_slot(slot, [first, *third][: len(self.gate_up.widths)])
         self.down.set_slot(slot, down)
+        if self._split is not None:
+            self._split.set_slot(slot, first)
 
     def clear_slot(self, slot: int) -> None:
         self.gate_up.clear_slot(slot)
         self.down.clear_slot(slot)
+        if self._split is not None:
+            self._split.clear_slot(slot)
 
     def cols(self, a: Sequence[Tensor]) -> list[int]:
         """Where the outputs of gate_up's slices begin, in a buffer that has them in the order of ``a``."""

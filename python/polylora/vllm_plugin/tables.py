@@ -37,11 +37,11 @@ _WHOLE: list[SliceTable] = []
 # ------------------------------------------------------------------------------------------------------ what is served
 
 
-def say_once(sentence: str) -> bool:
+def say_once(sentence: str, level: int = logging.WARNING) -> bool:
     """Logs a sentence unless it was said before. Returns True."""
     if sentence not in _said:
         _said.add(sentence)
-        logger.warning("polylora: %s", sentence)
+        logger.log(level, "polylora: %s", sentence)
     return True
 
 

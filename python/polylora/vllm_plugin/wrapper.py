@@ -9,6 +9,7 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 import polylora.vllm_plugin.ops  # noqa: F401  (registers torch.ops.polylora_vllm)
 from polylora.vllm_plugin import experts
+from polylora.vllm_plugin.beside import run_beside
 from polylora.vllm_plugin.step import StepRows, slots_of
 from polylora.vllm_plugin.tables import adopt, follow_layers, refusal_of_slots, say_once
 
@@ -22,7 +23,8 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
     - ``update_metadata`` puts a step's rows on the device without a synchronisation.
     - A layer takes one fused op, on vLLM's slot tensors in place, at the true ranks of the adapters.
     - So do the two halves of an MoE layer's experts (``add_lora_w13``, ``add_lora_w2``), in the base's intermediate
-      buffers, with one plan of the step's (token, expert) pairs, which the first half makes on the device.
+      buffers, with one plan of the step's (token, expert) pairs, which the first half makes on the device. Unquantised
+      Triton experts have them beside their GEMMs, on another stream (:mod:`polylora.vllm_plugin.beside`).
     - vLLM's own kernels, with metadata that is kept up to date, go on serving what polylora does not: an output of
       another dtype than its input, more than 256 ranks or 8 slices, fully sharded LoRA. Shapes and dtypes decide it,
       the same at every call; the log says it once.
@@ -281,7 +283,9 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
 def _adopt(layer: nn.Module) -> None:
     """What is done to each layer that is given the wrapper."""
     if isinstance(layer, FusedMoEWithLoRA):
-        experts.adopt_experts(layer)
+        tables = experts.adopt_experts(layer)
+        if tables is not None:
+            run_beside(layer, tables)
     else:
         adopt(layer)
 
