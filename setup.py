@@ -60,7 +60,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_packages("python"),
-    py_modules=["polylora_cli", "polylora_vllm"],
+    py_modules=["polylora_cli", "polylora_sglang", "polylora_vllm"],
     package_dir={"": "python"},
     package_data={"polylora.fixtures": ["*.json", "*.md", "*.txt", "*/*.json", "*/*.safetensors", "*/adapters/*/*"]},
     ext_modules=[Extension("polylora._host", sources=[])],
