@@ -443,7 +443,8 @@ def test_layers_of_one_shape_share_a_table(backend, dtype):
     assert len(backend.tables._tables) == 2
 
 
-def test_another_adapter_in_a_slot(backend, dtype, monkeypatch):
+@pytest.mark.parametrize(("rank", "scale"), [(3, 2.0), (5, 0.75)], ids=["rank", "scale"])
+def test_another_adapter_in_a_slot(backend, dtype, monkeypatch, rank, scale):
     """The table changes in place, and only when a slot has got another rank or scale."""
     layer, widths, adapters = make_linear("qkv", backend, dtype)
     prepare(backend, forward_batch(MIXED))
@@ -452,7 +453,8 @@ def test_another_adapter_in_a_slot(backend, dtype, monkeypatch):
     before, address = table.table.clone(), table.table.data_ptr()
     prepare(backend, forward_batch([None, "b"]))
     assert torch.equal(table.table, before)
-    monkeypatch.setitem(RANKS, 1, 3)
+    monkeypatch.setitem(RANKS, 1, rank)
+    monkeypatch.setitem(SCALES, 1, scale)
     a, b, adapters = make_pool(widths, K, dtype)
     layer.lora_a.copy_(a), layer.lora_b.copy_(b)
     prepare(backend, forward_batch([None, "b", "a"]))
