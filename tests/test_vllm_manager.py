@@ -132,7 +132,8 @@ def check(manager, ids, loaded):
         if with_lora.any():
             assert (want - base.double())[with_lora].norm() > 0.12 * want[with_lora].norm()
         assert torch.equal(y[~with_lora], base[~with_lora])
-        bound = 2**-8 * want.abs() if device.type == "cpu" else 2**-7 * want.abs() + 0.1
+        size = want.abs() + (want - base.double()).abs()  # a delta beside the base's GEMM is rounded, too
+        bound = 2**-8 * size if device.type == "cpu" else 2**-7 * size + 0.1
         assert ((y.double() - want).abs() <= bound + 1e-5).all(), name
 
 

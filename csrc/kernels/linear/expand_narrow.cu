@@ -130,18 +130,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 }
 
-// `rank`: that most slices may have. `blocks_an_sm`: of all jobs together.
-cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, int blocks_an_sm, cudaStream_t stream) {
+// `rank`: that most slices may have. `blocks`: of all jobs together.
+cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const Device& device, int64_t blocks,
+                   cudaStream_t stream) {
   LinearTask& task = params.linear;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
-  Device device;
-  const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
   const bool wide = rank >= 32;
   // a unit of outputs a warp, as long as the blocks are not far more than the device holds
   int64_t units = 0;
   for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide ? 32 : 64);
-  const int64_t fit = blocks_an_sm * device.sms / narrow_jobs(p);
+  const int64_t fit = blocks / narrow_jobs(p);
   const int64_t parts = min64(divide_up(units, kWarps), fit);
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
@@ -160,26 +158,35 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, int bl
 }  // namespace
 
 cudaError_t expand_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   NarrowTask params{narrow_task(p, planes), {}};
   params.linear.follows_own = planes > 0;
-  return expand(params, p, even_rank(p), kBlocksPerSm, stream);
+  return expand(params, p, even_rank(p), device, narrow_blocks(p, device.sms, false), stream);
 }
 
 cudaError_t expand_deltas_narrow_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   NarrowTask params{narrow_task(p, planes), {}};
   params.linear.follows_own = true;
   params.linear.sets_y = true;
-  return expand(params, p, even_rank(p), kBlocksPerSm, stream);
+  return expand(params, p, even_rank(p), device, narrow_blocks(p, device.sms, true), stream);
 }
 
 cudaError_t embedding_narrow_path(const EmbeddingParams& e, cudaStream_t stream) {
   const LoraParams& p = e.lora;
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   NarrowTask params{narrow_task(p, 0), token_source(e)};
   if (e.vocab < 1) return cudaSuccess;  // no token is known, and A may be empty
   set_lookup(params.linear, e);
   // a lookup of few rows is short: half as many, so that the next kernel's may stand beside
-  const int blocks = p.rows <= kDecodeRows ? 1 : kBlocksPerSm;
-  return expand(params, p, embedding_rank(e), blocks, stream);
+  const int64_t blocks = (p.rows <= kDecodeRows ? 1 : 2) * device.sms;
+  return expand(params, p, embedding_rank(e), device, blocks, stream);
 }
 
 }  // namespace polylora::cuda

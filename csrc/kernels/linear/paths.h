@@ -39,7 +39,7 @@ cudaError_t embedding_mma_path(const EmbeddingParams& params, cudaStream_t strea
 inline constexpr int64_t kDecodeRows = 256;
 inline constexpr int64_t kLookupRows = 2048;
 bool narrow_shrink_serves(const LoraParams& params);
-cudaError_t narrow_parts(const LoraParams& params, int& parts);
+cudaError_t narrow_parts(const LoraParams& params, bool beside, int& parts);  // of K; beside a GEMM of the base
 cudaError_t shrink_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t expand_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);
 /// expand after shrink_narrow_path, with deltas alone: y is [rows, sum of widths], slice after slice.

@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
   }
 }
 
-// Blocks that the device holds, and units of K that a warp should have at least.
-constexpr int kBlocksPerSm = 2;
+// Units of K that a warp should have at least.
 constexpr int kUnitsPerWarp = 4;
 constexpr int kMaxParts = 16;
 
@@ -79,13 +78,13 @@ constexpr int kMaxParts = 16;
 
 bool narrow_shrink_serves(const LoraParams& p) { return wide_shrink_serves(p) && p.k % kUnitK == 0; }
 
-cudaError_t narrow_parts(const LoraParams& p, int& parts) {
+cudaError_t narrow_parts(const LoraParams& p, bool beside, int& parts) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t split = int64_t{1} << k_split_log2_of(even_rank(p), kWarps);
   const int64_t most = min64(divide_up(p.k, kUnitK * kUnitsPerWarp * split), kMaxParts);
-  const int64_t fit = kBlocksPerSm * device.sms / (narrow_jobs(p) * p.slices.count);
+  const int64_t fit = narrow_blocks(p, device.sms, beside) / (narrow_jobs(p) * p.slices.count);
   parts = static_cast<int>(min64(most < 1 ? 1 : most, fit < 1 ? 1 : fit));
   return cudaSuccess;
 }

@@ -12,18 +12,14 @@ while the GEMMs run, and are added where the base reads its result again anyway:
 without LoRA, and a call that is not served (:meth:`Beside.serves`), go through vLLM's methods as they are, and from
 there to the wrapper. Should a later vLLM leave out a method that adds a delta, the call raises: none is lost silently.
 
-Memory: deltas and plan are allocated on the step's stream before it forks and freed after it has joined; what the ops
-allocate for themselves belongs to the side stream. Captured graphs hold the side stream's kernels as a branch.
+Memory, and graphs: :mod:`polylora.vllm_plugin.side`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +30,7 @@ from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExpert
 
 from polylora.ops import ACTIVATIONS
 from polylora.vllm_plugin.experts import ExpertTables, empty_plan, fill_plan
+from polylora.vllm_plugin.side import side_stream_of
 from polylora.vllm_plugin.tables import say_once
 
 #: Of the deltas of one half: more, in steps of very many tokens, is not taken beside what vLLM has measured.
@@ -82,31 +79,6 @@ def _clamp_limit(experts: TritonExperts) -> float | None:
     return experts.quant_config.gemm1_clamp_limit if config is None else config.clamp_limit
 
 
-class SideStream:
-    """A device's stream of high priority, whose few blocks would else come last; the CPU has none, and needs none."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def fork(self) -> Iterator[None]:
-        """What is launched inside waits for the current stream's work so far, and for no later."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def join(self) -> None:
-        """The current stream's later work waits for the side's."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-
-side_stream_of = functools.cache(SideStream)
-
-
 @dataclass
 class _Call:
     """A call of the experts' ``apply``: the deltas that are under way, None once they are added."""
@@ -128,7 +100,7 @@ class Beside:
         self._tables = tables
         self._activation = layer.moe_config.activation
         self._gate_up = tables.split_gate_up(layer, self._activation is MoEActivation.SWIGLUOAI)
-        self._side = side_stream_of(self._gate_up.table.device)
+        self._side = side_stream_of(self._gate_up.table.device, first=True)  # its few blocks would else come last
         self._vllms = {name: getattr(experts, name) for name in self.REPLACED}
         self._signature = inspect.signature(experts.apply)
         self._call: _Call | None = None

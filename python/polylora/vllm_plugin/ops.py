@@ -10,6 +10,7 @@ Arguments that recur:
 ``rows``     int32, the slot of each row of the step: :class:`polylora.vllm_plugin.step.StepRows`, which makes the plan
 ``no_lora``  bool ``[1]`` on the host: no row of the step has an adapter. Nothing is launched then, so that a graph
              captured for such steps holds nothing of LoRA
+``turn``     written by :func:`before_base` and read by :func:`linear`, in name alone: keeps them in this order
 ===========  ========================================================================================================
 """
 
@@ -20,19 +21,48 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polylora.vllm_plugin.step import step_of
+from polylora.vllm_plugin.side import side_stream_of
+from polylora.vllm_plugin.step import Fork, step_of
 from polylora.vllm_plugin.tables import announce_whole, table_of_a, table_of_b
+
+#: Rows up to which deltas are made beside the base's GEMM.
+BESIDE_ROWS = 64
 
 _LIBRARY = torch.library.Library("polylora_vllm", "FRAGMENT")
 
 
-def linear(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
+def before_base(turn: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
+    """Tells that the base's GEMM of ``x [M, K]`` comes next: of few rows, :func:`linear` makes its deltas beside it."""
+    if no_lora.item():
+        return
+    step = step_of(rows)
+    step.fork = None
+    if x.size(0) > BESIDE_ROWS:
+        return
+    t = table_of_a(a)
+    step.plan(x.size(0))
+    delta = x.new_empty(x.size(0), sum(t.widths))
+    side = side_stream_of(x.device, first=False)  # after the GEMM: else its blocks wait for a place, and all for them
+    step.fork = Fork(x.data_ptr(), t, delta, side, side.mark())
+
+
+def linear(
+    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], rows: Tensor, no_lora: Tensor, turn: Tensor
+) -> None:
     """``y += (x A^T) B^T`` of each row's adapter, slices side by side. ``y [M, >= sum of widths]``, ``x [M, K]``."""
     if no_lora.item():
         return
     t = table_of_a(a)
-    plan = step_of(rows).plan(x.size(0))
-    torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
+    step = step_of(rows)
+    plan, fork = step.plan(x.size(0)), step.fork
+    step.fork = None
+    if fork is None or (fork.x, fork.table, fork.delta.size(0)) != (x.data_ptr(), t, x.size(0)):
+        torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
+        return
+    with fork.side.fork(fork.mark):
+        torch.ops.polylora.linear_delta(fork.delta, x, t.a, t.b, t.table, plan, t.widths, t.v_width)
+    fork.side.join()
+    torch.ops.polylora.add_delta_(y, fork.delta, t.table, plan, t.widths, t.cols)
 
 
 def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
@@ -69,6 +99,7 @@ def _register(name: str, function: Callable[..., None], arguments: str) -> None:
     torch.library.register_fake(f"polylora_vllm::{name}", lambda *args: None, lib=_LIBRARY)
 
 
-_register("linear", linear, "Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor no_lora")
+_register("before_base", before_base, "Tensor(a!) turn, Tensor x, Tensor[] a, Tensor rows, Tensor no_lora")
+_register("linear", linear, "Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor no_lora, Tensor turn")
 _register("shrink", shrink, "Tensor(a!) v, Tensor x, Tensor[] a, Tensor rows, Tensor no_lora")
 _register("expand", expand, "Tensor(a!) y, Tensor v, Tensor[] b, Tensor rows, Tensor no_lora, SymInt offset")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from polylora.plan import plan_size
-from polylora.table import round_up
+from polylora.table import SliceTable, round_up
+from polylora.vllm_plugin.side import SideStream
 
 if TYPE_CHECKING:
     from vllm.lora.ops.triton_ops import LoRAKernelMeta
@@ -48,6 +49,20 @@ def slots_of(ids: Sequence[int], slot_ids: Sequence[int | None]) -> np.ndarray:
     return slots
 
 
+class Fork(NamedTuple):
+    """A GEMM of the base that is about to start, beside which deltas can be made.
+
+    ``x``: the address of its input; ``table``: of the layer; ``delta``: memory for ``[rows, outputs]``, allocated before
+    the point ``mark`` of the step's stream, from which on ``side`` may write it.
+    """
+
+    x: int
+    table: SliceTable
+    delta: Tensor
+    side: SideStream
+    mark: torch.cuda.Event | None
+
+
 class StepRows:
     """The rows of one of vLLM's two mappings, tokens or logits, at one address for good.
 
@@ -72,6 +87,8 @@ class StepRows:
         meta.token_lora_mapping, meta.token_indices_sorted_by_lora_ids = self.rows, order
         meta.active_lora_ids, meta.num_tokens_per_lora, meta.lora_token_start_loc = active, counts, starts
         self.no_lora = meta.no_lora_flag_cpu
+        self.turn = torch.zeros(1, dtype=torch.int32, device="cpu")
+        self.fork: Fork | None = None
         _STEPS[self.rows.data_ptr()] = self
         self.update(np.empty(0, dtype=np.int32))
 

@@ -75,6 +75,23 @@ def follow_layers(wrapper: type, adopt: Callable[[nn.Module], object]) -> None:
     BaseLayerWithLoRA.set_mapping = set_mapping
 
 
+def tell_before_base(wrapper: type) -> None:
+    """Has every adopted linear with a ``wrapper`` tell it when the base's GEMM comes; may be called any number of
+    times."""
+    original = BaseLinearLayerWithLoRA._apply_sync
+    if getattr(original, "_polylora", False):
+        return
+
+    @functools.wraps(original)
+    def _apply_sync(self, x, bias=None):
+        if isinstance(self.punica_wrapper, wrapper) and getattr(self, _TABLE, None) is not None:
+            self.punica_wrapper.before_base(x, self.lora_a_stacked)
+        return original(self, x, bias)
+
+    _apply_sync._polylora = True
+    BaseLinearLayerWithLoRA._apply_sync = _apply_sync
+
+
 def adopt(layer: nn.Module) -> None:
     """Makes the layer's table and keeps it up to date from now on. Layers that are not served are named in the log."""
     if getattr(layer, _TABLE, None) is not None:

@@ -11,7 +11,7 @@ import polylora.vllm_plugin.ops  # noqa: F401  (registers torch.ops.polylora_vll
 from polylora.vllm_plugin import experts
 from polylora.vllm_plugin.beside import run_beside
 from polylora.vllm_plugin.step import StepRows, slots_of
-from polylora.vllm_plugin.tables import adopt, follow_layers, refusal_of_slots, say_once
+from polylora.vllm_plugin.tables import adopt, follow_layers, refusal_of_slots, say_once, tell_before_base
 
 # While torch.compile traces, what is constant there is said there, once; no part of it is left in the model.
 _say_while_tracing = torch.compiler.assume_constant_result(say_once)
@@ -42,6 +42,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         follow_layers(PolyloraPunicaWrapper, _adopt)
+        tell_before_base(PolyloraPunicaWrapper)
         self._fully_sharded = bool(self.lora_config.fully_sharded_loras)
         self._embeddings_indices.zero_()
         with torch.inference_mode(False):  # steps may come in either mode
@@ -70,6 +71,13 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         first_rows.mul_(vocab_size)
 
     # ---------------------------------------------------------------------------------------- what the layers call
+
+    def before_base(self, x: Tensor, lora_a_stacked: tuple[Tensor, ...]) -> None:
+        """Before the base's GEMM of ``x``, whose result goes to :meth:`add_lora_linear`."""
+        if x.dtype == lora_a_stacked[0].dtype:
+            step = self._tokens
+            x = x.view(-1, x.shape[-1])
+            torch.ops.polylora_vllm.before_base(step.turn, x, list(lora_a_stacked), step.rows, step.no_lora)
 
     def add_lora_linear(
         self,
@@ -293,4 +301,4 @@ def _adopt(layer: nn.Module) -> None:
 def _linear(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], step: StepRows) -> None:
     """``y += (x A^T) B^T`` on the rows of a step."""
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    torch.ops.polylora_vllm.linear(y, x, list(a), list(b), step.rows, step.no_lora)
+    torch.ops.polylora_vllm.linear(y, x, list(a), list(b), step.rows, step.no_lora, step.turn)
