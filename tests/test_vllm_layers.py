@@ -649,7 +649,9 @@ def test_compiled_without_a_break(name):
     put(layer, 0, adapters[2])
     step_of_ids(wrapper, [2, 2], [2, None, None, None])
     check(forward(x), base, x, [2, 2], adapters, widths)
-    assert len(graphs) == 1 and all(op in graphs[0].print_readable(print_output=False) for op in ("polylora_vllm.before_base", "polylora_vllm.linear"))
+    assert len(graphs) == 1
+    text = graphs[0].print_readable(print_output=False)
+    assert "polylora_vllm.before_base" in text and "polylora_vllm.linear" in text
 
 
 def test_compiled_fallback_is_said(caplog):

@@ -387,8 +387,7 @@ cudaError_t all_runs(Problem& problem) {
   return kOf(problem.params());
 }
 constexpr Path cluster = all_runs<cluster_of>, wide = all_runs<wide_of>, mma = all_runs<mma_of>,
-               narrow = all_runs<narrow_of>, narrow_apart = apart_of<narrow_deltas>,
-               wide_apart = apart_of<wide_deltas>;
+               narrow = all_runs<narrow_of>, narrow_apart = apart_of<narrow_deltas>, wide_apart = apart_of<wide_deltas>;
 
 // Short runs first, then the others.
 template <auto kShort, auto kLong>
@@ -538,9 +537,12 @@ void many_outputs() {
 
 // What only a caller that is wrong, or unlucky, sends.
 void odd_calls() {
-  for (const auto& [name, path] :
-       {std::pair<std::string, Path>{"cluster", cluster}, {"narrow", narrow}, {"wide", wide}, {"mma", mma},
-        {"narrow apart", narrow_apart}, {"wide apart", wide_apart}}) {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster},
+                                   {"narrow", narrow},
+                                   {"wide", wide},
+                                   {"mma", mma},
+                                   {"narrow apart", narrow_apart},
+                                   {"wide apart", wide_apart}}) {
     Problem no_room({DType::kBFloat16, 3, 64, {64, 24}, 2, {16}}, 1);
     no_room.set_v_width(0);
     no_room.spoil(1, false);

@@ -12,8 +12,8 @@ import torch
 
 #: Of the namespaces polylora and polylora_meta (their checks alone).
 OPS = (
-    "plan", "moe_plan", "shrink", "expand_", "linear_", "linear_delta", "add_delta_", "embedding_", "moe_gate_up_", "moe_down_",
-    "moe_gate_up_act", "moe_down_reduce", "moe_delta", "moe_act", "moe_reduce",
+    "plan", "moe_plan", "shrink", "expand_", "linear_", "linear_delta", "add_delta_", "embedding_", "moe_gate_up_",
+    "moe_down_", "moe_gate_up_act", "moe_down_reduce", "moe_delta", "moe_act", "moe_reduce",
 )  # fmt: skip
 
 LIBRARY = Path(__file__).parent / "lib" / "libpolylora_ops.so"

@@ -34,9 +34,8 @@ cudaError_t clear_deltas_path(const LoraParams& p, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(min64(divide_up(task.rows * task.width, kThreads), kMostBlocks)));
   shape.threads = kThreads;
-  return dispatch_dtype(p.dtype, [&](auto element) {
-    return launch<&clear_deltas<decltype(element)>>(device, shape, task, stream);
-  });
+  return dispatch_dtype(
+      p.dtype, [&](auto element) { return launch<&clear_deltas<decltype(element)>>(device, shape, task, stream); });
 }
 
 }  // namespace polylora::cuda

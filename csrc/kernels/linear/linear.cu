@@ -27,9 +27,9 @@ namespace {
 // 19.0, of down 19.7 and 19.2, 42 MB of qkvz 21.1 and 20.4.
 constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 
-// Where most runs fill tiles of 16 rows, clusters, too, read each weight twice, and wait for each other. H200, 128 rows of
-// 8 adapters r16 behind a GEMM of the base, cluster and mma, us: qkv 8.7 and 8.9, o 7.3 and 6.7, gate_up 20.5 and 16.5,
-// down 14.1 and 10.2; of 64 rows 7.2 and 7.4, 6.3 and 6.1, 11.2 and 12.5, 7.0 and 7.2.
+// Where most runs fill tiles of 16 rows, clusters, too, read each weight twice, and wait for each other. H200, 128 rows
+// of 8 adapters r16 behind a GEMM of the base, cluster and mma, us: qkv 8.7 and 8.9, o 7.3 and 6.7, gate_up 20.5
+// and 16.5, down 14.1 and 10.2; of 64 rows 7.2 and 7.4, 6.3 and 6.1, 11.2 and 12.5, 7.0 and 7.2.
 constexpr int64_t kFullTilesRows = 128;
 
 // Rows up to which decode's kernels take all of a batch of many adapters.
@@ -68,8 +68,8 @@ cudaError_t choose_linear(const LoraParams& params, Path& path) {
   return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path, heavy ? Path::kMma : Path::kCluster);
 }
 
-// Deltas alone: kMma, decode's two launches, or what linear takes, added to -0. Beside a GEMM clusters, whose blocks have
-// to stand at once, come after it.
+// Deltas alone: kMma, decode's two launches, or what linear takes, added to -0. Beside a GEMM clusters, whose blocks
+// have to stand at once, come after it.
 cudaError_t choose_delta(const LoraParams& params, Path& path) {
   path = Path::kGeneral;
   if (!is_few(params) || !narrow_shrink_serves(params)) return cudaSuccess;

@@ -349,10 +349,11 @@ inline int64_t decode_weight_bytes(const LoraParams& p) {
   return narrow_jobs(p) * elements_a_rank * even_rank(p) * 2;
 }
 
-/// Blocks of the two launches of a call: two an SM, or, where deltas are made beside a GEMM of the base, fewer, the less
-/// there is to read. A GEMM of few rows leaves some SMs free, has all registers of the others, and ends when its slowest
-/// block does. H200, 8 adapters r16, added to a chain of GEMMs by 33, 66, 132 and 264 blocks, us: 8 rows of o 2.81, 2.76,
-/// 2.81, 2.77, of down 5.67, 3.13, 4.52, 4.47, of gate_up 13.1, 8.1, 7.2, 6.8; 32 rows of qkv 6.8, 3.6, 4.6, 4.5.
+/// Blocks of the two launches of a call: two an SM, or, where deltas are made beside a GEMM of the base, fewer, the
+/// less there is to read. A GEMM of few rows leaves some SMs free, has all registers of the others, and ends when its
+/// slowest block does. H200, 8 adapters r16, added to a chain of GEMMs by 33, 66, 132 and 264 blocks, us: 8 rows of
+/// o 2.81, 2.76, 2.81, 2.77, of down 5.67, 3.13, 4.52, 4.47, of gate_up 13.1, 8.1, 7.2, 6.8; 32 rows of
+/// qkv 6.8, 3.6, 4.6, 4.5.
 inline int64_t narrow_blocks(const LoraParams& p, int sms, bool beside) {
   constexpr int64_t kBytesBeside = 64 * 1024;
   const int64_t most = 2 * sms;
