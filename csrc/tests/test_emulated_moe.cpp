@@ -1045,6 +1045,51 @@ void blocks_of_given_v() {
   cuda::emulated_device.sms = 132;
 }
 
+/// Which of the two kernels makes deltas or the activation, no bit tells.
+void long_runs() {
+  for (const std::vector<int>& ranks : {std::vector<int>{16}, {8, 3, 0, 16}, {24, 32}, {64, 40, 1}, {100, 12}}) {
+    for (const bool shared : {false, true}) {
+      Shape shape{Op::kGateUpAct, 70, 2, 200, {136, 136}, ranks, DType::kBFloat16, 2, 3, "skewed"};
+      if (shared) shape.dtype = DType::kFloat16;
+      shape.shared_a = shared;
+      shape.odd_b = ranks[0] == 24;
+      Problem problem(shape, 1);
+      problem.spoil(1, false);
+      GateUpActParams g = problem.gate_up_act_params();
+      LoraParams& p = g.lora;
+      int planes = 0;
+      int64_t bytes = 0;
+      const bool ready = cuda::moe_planes(p, cuda::kAllBlocks, planes) == cudaSuccess &&
+                         cuda::moe_gate_up_act_scratch(g, bytes) == cudaSuccess;
+      p.scratch = problem.scratch(bytes);
+      const std::string what = "runs of rank " + std::to_string(ranks[0]) + (shared ? ", one A" : "");
+      CHECK(ready && cuda::moe_shrink_path(p, planes, cuda::kAllBlocks, nullptr) == cudaSuccess, "%s", what.c_str());
+      CHECK(cuda::moe_expand_long_serves(p, g.h_stride), "%s: not served", what.c_str());
+      CHECK(cuda::moe_expand_act_path(g, planes, nullptr) == cudaSuccess, "%s", what.c_str());
+      const auto h = problem.check(what);
+      problem.spoil(2, false);
+      p.scratch = problem.scratch(bytes);
+      CHECK(cuda::moe_shrink_path(p, planes, cuda::kAllBlocks, nullptr) == cudaSuccess, "%s", what.c_str());
+      cuda::launches.clear();
+      CHECK(cuda::moe_expand_long_act_path(g, planes, nullptr) == cudaSuccess && cuda::launches.size() == 1, "%s",
+            what.c_str());
+      CHECK(problem.check(what + ", long") == h, "%s: other bits", what.c_str());
+      std::vector<unsigned char> delta[2];
+      for (auto& to : delta) to.resize(static_cast<size_t>(p.rows) * 272 * 2 + 16);
+      p.y_stride = 272;
+      p.slices.col[0] = 0;
+      p.slices.col[1] = 136;
+      p.y = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(delta[0].data()) + 15) / 16 * 16);
+      CHECK(cuda::moe_expand_deltas_path(p, planes, 1, nullptr) == cudaSuccess, "%s", what.c_str());
+      const auto* short_ones = static_cast<const unsigned char*>(p.y);
+      p.y = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(delta[1].data()) + 15) / 16 * 16);
+      CHECK(cuda::moe_expand_long_deltas_path(p, planes, 1, nullptr) == cudaSuccess, "%s", what.c_str());
+      CHECK(std::equal(short_ones, short_ones + p.rows * 272 * 2, static_cast<const unsigned char*>(p.y)),
+            "%s: other deltas", what.c_str());
+    }
+  }
+}
+
 void activations() {
   for (Activation act :
        {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu2, Activation::kSwigluOai}) {
@@ -1078,6 +1123,7 @@ int main(int count, char** names) {
     if (op == Op::kGateUp || op == Op::kGateUpAct) gate_and_up(op);
     if (op == Op::kGateUpAct) activations();
     if (op == Op::kGateUpAct) blocks_of_given_v();
+    if (op == Op::kGateUpAct) long_runs();
   }
   return report();
 }

@@ -85,6 +85,16 @@ __device__ __forceinline__ uint4 load16(const void* p) {
   return v;
 }
 
+/// ld.global.v4 of what nobody reads again soon: it makes room in L2 before others do
+__device__ __forceinline__ uint4 load_once16(const void* p) {
+  uint4 v;
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // as createpolicy.fractional.L2::evict_first makes it
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(kEvictFirst));
+  return v;
+}
+
 /// ld.global.v2
 __device__ __forceinline__ uint2 load8(const void* p) {
   uint2 v;
@@ -139,6 +149,13 @@ __device__ __forceinline__ int thread_again() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+}
+
+/// The same pointer, in a register from here on: the compiler does not find it again from what it was made of.
+template <typename T>
+__device__ __forceinline__ T* keep(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
 }
 
 /// cp.async.commit_group

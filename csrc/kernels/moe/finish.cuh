@@ -44,6 +44,17 @@ __device__ __forceinline__ int passes_of(const int32_t (&rank)[kStreamSlices]) {
   return max((max(rank[0], rank[1]) + kRanks - 1) / kRanks, 1);
 }
 
+/// Four ranks of v as operands, zeros for those that are not among the `left`, whose sums are 0, or NaN where x is not
+/// finite.
+template <typename T>
+__device__ __forceinline__ uint2 pack_ranks(float4 sum, int left) {
+  if (left < 1) sum.x = 0.f;
+  if (left < 2) sum.y = 0.f;
+  if (left < 3) sum.z = 0.f;
+  if (left < 4) sum.w = 0.f;
+  return {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
+}
+
 /// v of a unit as operands, from the planes or, of kMayBeGiven, the caller's; the block calls it.
 template <typename T, int kSlices, bool kMayBeGiven>
 __device__ __forceinline__ void make_v(const ExpandTask& task, const StreamItem& item, T* v) {
@@ -72,13 +83,7 @@ __device__ __forceinline__ void make_v(const ExpandTask& task, const StreamItem&
       for (int p = 0; p < stream.planes; ++p) {
         add(sum, *reinterpret_cast<const float4*>(from + p * stream.plane_elements + r));
       }
-      // a sum beyond the rank is 0, or NaN where x is not finite
-      if (r + 1 > rank) sum.x = 0.f;
-      if (r + 2 > rank) sum.y = 0.f;
-      if (r + 3 > rank) sum.z = 0.f;
-      if (r + 4 > rank) sum.w = 0.f;
-      *reinterpret_cast<uint2*>(v + (s * kTileRows + row) * task.v_pitch + r) = {pack(sum.x, sum.y, T{}),
-                                                                                 pack(sum.z, sum.w, T{})};
+      *reinterpret_cast<uint2*>(v + (s * kTileRows + row) * task.v_pitch + r) = pack_ranks<T>(sum, rank - r);
     }
   }
 }
@@ -181,8 +186,65 @@ struct StagedY {
   }
 };
 
-/// The last of 32 outputs' ways: `acc` in the numbering of NarrowExpand (column 2t + e of mma i is output 8t + 2i + e),
-/// `n`: this lane's first output, `out`: of its two rows.
+/// Where 8 outputs from `n` on go within a row of `out`: those of the first slice.
+template <Finish kFinish>
+__device__ __forceinline__ int64_t out_column(const ExpandTask& task, int n) {
+  if (kFinish == Finish::kAct) return n;
+  return task.col[0] + (kFinish == Finish::kDelta ? n - task.n_begin : task.interleaved ? 2 * n : n);
+}
+
+/// The last of 8 outputs' ways. `y`: of each slice; `out`: where those of the first slice go, those of a second one
+/// as far behind them as its column is.
+template <typename T, Finish kFinish, int kSlices>
+__device__ __forceinline__ void finish8(const ExpandTask& task, uint4 (&y)[kSlices], const int (&rank)[kStreamSlices],
+                                        const float (&scale)[kStreamSlices], float weight,
+                                        const float (&delta)[kSlices][8], T* out) {
+  const int64_t apart = task.col[kSlices - 1] - task.col[0];
+  float factor[kSlices];
+  // only down has weights, and that of a pair without a delta may be anything
+#pragma unroll
+  for (int s = 0; s < kSlices; ++s)
+    factor[s] = kFinish == Finish::kAct ? scale[s] : rank[s] > 0 ? scale[s] * weight : 0.f;
+  if (kFinish == Finish::kAct) {
+    ptx::store16(out, activate<T, kSlices>(task.act, y, factor, delta));
+  } else if (kFinish == Finish::kDelta) {
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      ptx::store16(out + s * apart, add_scaled<T>(uint4{0, 0, 0, 0}, factor[s], delta[s]));
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      if (rank[s] > 0) y[s] = add_scaled<T>(y[s], factor[s], delta[s]);
+    }
+    if (kSlices == 2 && task.interleaved) {
+      if (rank[0] + rank[1] == 0) return;
+      uint4 low, high;
+      put_together(y[0], y[kSlices - 1], low, high);
+      ptx::store16(out, low);
+      ptx::store16(out + 8, high);
+      return;
+    }
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      if (rank[s] > 0) ptx::store16(out + s * apart, y[s]);
+    }
+  }
+}
+
+/// Of 32 outputs' `acc`, what a lane has of its row g or, with `half` 1, g + 8: column 2t + e of mma i is output
+/// 8t + 2i + e.
+template <int kSlices>
+__device__ __forceinline__ void take_delta(const float (*acc)[4], int slice_stride, int half,
+                                           float (&delta)[kSlices][8]) {
+#pragma unroll
+  for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) delta[s][e] = acc[s * slice_stride + e / 2][half * 2 + e % 2];
+  }
+}
+
+/// The last of 32 outputs' ways. `n`: this lane's first output, `out`: of its two rows.
 template <typename T, Finish kFinish, int kSlices>
 __device__ __forceinline__ void finish32(const ExpandTask& task, const float (*acc)[4], int slice_stride,
                                          const StagedY& staged, int n, int rows, const int (&rank)[kStreamSlices],
@@ -191,48 +253,20 @@ __device__ __forceinline__ void finish32(const ExpandTask& task, const float (*a
   constexpr bool kReadsY = kFinish != Finish::kDelta;
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
-  const bool interleaved = kSlices == 2 && task.interleaved;
+  const int64_t column = out_column<kFinish>(task, n);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (g + 8 * half >= rows) continue;
-    float delta[kSlices][8], factor[kSlices];
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      // only down has weights, and that of a pair without a delta may be anything
-      factor[s] = kFinish == Finish::kAct ? scale[s] : rank[s] > 0 ? scale[s] * weight[half] : 0.f;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) delta[s][e] = acc[s * slice_stride + e / 2][half * 2 + e % 2];
-    }
+    float delta[kSlices][8];
+    take_delta<kSlices>(acc, slice_stride, half, delta);
     uint4 y[kSlices] = {};
-    if (kReadsY && interleaved) {
+    if (kReadsY && kSlices == 2 && task.interleaved) {
       take_apart(staged.load(0, g + 8 * half, 2 * t), staged.load(0, g + 8 * half, 2 * t + 1), y[0], y[kSlices - 1]);
     } else if (kReadsY) {
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) y[s] = staged.load(s, g + 8 * half, t);
     }
-    if (kFinish == Finish::kAct) {
-      ptx::store16(out[half] + n, activate<T, kSlices>(task.act, y, factor, delta));
-    } else if (kFinish == Finish::kDelta) {
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        ptx::store16(out[half] + task.col[s] + n - task.n_begin, add_scaled<T>(uint4{0, 0, 0, 0}, factor[s], delta[s]));
-      }
-    } else {
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        if (rank[s] > 0) y[s] = add_scaled<T>(y[s], factor[s], delta[s]);
-      }
-      if (interleaved && rank[0] + rank[1] > 0) {
-        uint4 low, high;
-        put_together(y[0], y[kSlices - 1], low, high);
-        ptx::store16(out[half] + task.col[0] + 2 * n, low);
-        ptx::store16(out[half] + task.col[0] + 2 * n + 8, high);
-      }
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        if (!interleaved && rank[s] > 0) ptx::store16(out[half] + task.col[s] + n, y[s]);
-      }
-    }
+    finish8<T, kFinish, kSlices>(task, y, rank, scale, weight[half], delta, out[half] + column);
   }
 }
 

@@ -4,6 +4,8 @@
 //   gate/up and activation     moe_expand.cu
 //   down and sum               few tokens: moe_down_few.cu; else moe_expand.cu and moe_sum.cu in turn
 //   deltas alone               moe_expand.cu; what adds them: moe_act.cu, moe_sum.cu
+//
+// Of long runs, moe_expand_long.cu makes the activation and the deltas.
 #include "linear/paths.h"
 #include "moe/paths.h"
 #include "moe/stream.cuh"
@@ -23,13 +25,13 @@ bool is_few(const DownReduceParams& d) {
   return few && d.top_k <= kFewTokenPairs && !batch_invariant();
 }
 
-// Outputs of which deltas are made at once.
+// Outputs of which deltas are made at once: what a block of moe_expand.cu or moe_expand_long.cu makes, or a multiple.
 int32_t delta_columns(const DownReduceParams& d) {
-  constexpr int64_t kStep = 256;
+  const int64_t step = moe_expand_long_serves(d.lora, 0) ? 128 : 256;
   const int64_t width = d.lora.slices.width[0];
-  const int64_t fit = kDeltaBytes / (2 * (d.lora.rows < 1 ? 1 : d.lora.rows)) / kStep * kStep;
+  const int64_t fit = kDeltaBytes / (2 * (d.lora.rows < 1 ? 1 : d.lora.rows)) / step * step;
   if (fit >= width) return static_cast<int32_t>(width);
-  const int64_t passes = divide_up(width, fit < kStep ? kStep : fit);
+  const int64_t passes = divide_up(width, fit < step ? step : fit);
   return static_cast<int32_t>(divide_up(divide_up(width, passes), 8) * 8);
 }
 
@@ -126,7 +128,9 @@ cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream) 
   if (g.lora.rows == 0) return cudaSuccess;
   int planes = 0;
   const cudaError_t error = shrink(g.lora, planes, stream);
-  return error == cudaSuccess ? moe_expand_act_path(g, planes, stream) : error;
+  if (error != cudaSuccess) return error;
+  const bool is_long = g.lora.slices.col_stride == 1 && moe_expand_long_serves(g.lora, g.h_stride);
+  return (is_long ? moe_expand_long_act_path : moe_expand_act_path)(g, planes, stream);
 }
 
 cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
@@ -143,7 +147,9 @@ cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream) {
   if (p.v_of_x) return moe_expand_deltas_path(p, 0, most_blocks, stream);
   int planes = 0;
   const cudaError_t error = shrink(p, planes, stream, most_blocks);
-  return error == cudaSuccess ? moe_expand_deltas_path(p, planes, most_blocks, stream) : error;
+  if (error != cudaSuccess) return error;
+  return (moe_expand_long_serves(p, p.y_stride) ? moe_expand_long_deltas_path : moe_expand_deltas_path)(
+      p, planes, most_blocks, stream);
 }
 
 cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
@@ -161,9 +167,10 @@ cudaError_t moe_down_reduce_path(const DownReduceParams& d, cudaStream_t stream)
   void* delta = static_cast<char*>(d.lora.scratch) + plane_bytes_aligned(d.lora, planes);
   const int32_t width = d.lora.slices.width[0];
   const int32_t step = delta_columns(d);
+  const auto make_deltas = moe_expand_long_serves(d.lora, step) ? moe_expand_long_delta_path : moe_expand_delta_path;
   for (int32_t n = 0; n < width && error == cudaSuccess; n += step) {
     const int32_t end = n + step < width ? n + step : width;
-    error = moe_expand_delta_path(d.lora, planes, delta, n, end, stream);
+    error = make_deltas(d.lora, planes, delta, n, end, stream);
     if (error == cudaSuccess) error = moe_sum_path(d, delta, n, end, stream);
   }
   return error;

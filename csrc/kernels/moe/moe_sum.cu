@@ -45,6 +45,17 @@ __device__ __forceinline__ Piece<kOutputs> load_piece(const void* from) {
   }
 }
 
+// y2 is not to drive the deltas out of L2: where they do not stay, they are written to memory, too.
+template <int kOutputs>
+__device__ __forceinline__ Piece<kOutputs> load_base(const void* from) {
+  if constexpr (kOutputs == 8) {
+    const uint4 bits = ptx::load_once16(from);
+    return {{bits.x, bits.y, bits.z, bits.w}};
+  } else {
+    return load_piece<kOutputs>(from);
+  }
+}
+
 template <typename T, int kOutputs>
 __device__ __forceinline__ void add_weighted(float (&sum)[kOutputs], const Piece<kOutputs>& values, float weight) {
 #pragma unroll
@@ -85,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) moe_sum(const __grid_constant__ SumT
     for (int i = 0; i < kAtOnce; ++i) {
       at = at_row(y2, task.y_stride, i, at);
       y[i] = {};
-      if (i < count) y[i] = load_piece<kOutputs>(at);
+      if (i < count) y[i] = load_base<kOutputs>(at);
     }
     if (!waited) ptx::wait_for_previous_grid();
     waited = true;

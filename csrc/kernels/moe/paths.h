@@ -45,6 +45,12 @@ cudaError_t moe_down_reduce_path(const DownReduceParams& d, cudaStream_t stream)
 bool moe_add_reduce_serves(const DownReduceParams& d);
 cudaError_t moe_add_reduce_path(const DownReduceParams& d, cudaStream_t stream);
 
+/// Rows a group from which runs count as long. Tests set it lower.
+#ifndef POLYLORA_LONG_RUN
+#define POLYLORA_LONG_RUN 16
+#endif
+inline constexpr int64_t kLongRun = POLYLORA_LONG_RUN;
+
 /// The path that serves the call: what linear is for is_moe.
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes);
 cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream);
@@ -68,6 +74,14 @@ cudaError_t moe_expand_deltas_path(const LoraParams& p, int planes, int most_blo
 /// The same of one slice, outputs [n_begin, n_end): `delta` is [rows, n_end - n_begin] of the call's dtype.
 cudaError_t moe_expand_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
                                   cudaStream_t stream);
+/// The same for long runs, up to 128 rows at a time; which of the two makes them, no bit of them tells. `out_stride`:
+/// of h.
+bool moe_expand_long_serves(const LoraParams& p, int64_t out_stride);
+cudaError_t moe_expand_long_act_path(const GateUpActParams& g, int planes, cudaStream_t stream);
+cudaError_t moe_expand_long_deltas_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
+cudaError_t moe_expand_long_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
+                                       cudaStream_t stream);
+
 /// The sum of y2 and these deltas over a token's experts.
 cudaError_t moe_sum_path(const DownReduceParams& d, const void* delta, int32_t n_begin, int32_t n_end,
                          cudaStream_t stream);

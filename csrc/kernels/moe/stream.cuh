@@ -44,16 +44,20 @@ struct StreamTask {
   StreamSlice slice[kStreamSlices];
 };
 
-/// A unit's tile, in shared memory. Ranks of 0: absent.
-struct StreamItem {
+/// What is known of a tile but for its rows. Ranks of 0: absent.
+struct StreamTile {
   const void* a[kStreamSlices];
   const void* b[kStreamSlices];
   int32_t rank[kStreamSlices];
   int32_t first_rank_tile[kStreamSlices];  // slices that share A and v_col share its rank tiles
   int32_t b_stride[kStreamSlices];
   float scale[kStreamSlices];
-  int32_t rank_tiles, rows;
   int32_t v_col[kStreamSlices];
+  int32_t rank_tiles, rows;
+};
+
+/// A unit's tile, in shared memory.
+struct StreamItem : StreamTile {
   int32_t row[kTileRows];    // beyond the tile's end the last
   int32_t x_row[kTileRows];  // of x
   float weight[kTileRows];
@@ -74,11 +78,15 @@ struct PlanWords {
     return tiles(task) > 0 && a.w == task.rows;
   }
   /// Tiles of the plan; none where it was made for another call.
-  __device__ __forceinline__ int tiles(const StreamTask& task) const {
+  __device__ __forceinline__ int tiles(const StreamTask& task) const { return tiles(task, b.y); }
+  __device__ __forceinline__ int wide_tiles(const StreamTask& task) const { return tiles(task, c.y); }
+
+ private:
+  __device__ __forceinline__ int tiles(const StreamTask& task, int32_t count) const {
     static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2 && kPlanActiveRows == 3 && kPlanTiles == 5 &&
-                  kPlanPairs == 8);
+                  kPlanPairs == 8 && kPlanWideTiles == 9);
     const bool fits = a.x == kPlanVersionValue && a.y == task.rows && a.z == task.groups && c.x == task.plan_pairs;
-    return fits ? min(max(b.y, 0), task.max_tiles) : 0;
+    return fits ? min(max(count, 0), task.max_tiles) : 0;
   }
 };
 
@@ -96,7 +104,7 @@ __device__ __forceinline__ SliceEntry load_entry(const StreamTask& task, uint32_
 
 /// A unit's ranks, and where their sums stand.
 __device__ __forceinline__ void set_ranks(const StreamTask& task, const SliceEntry& first, const SliceEntry& second,
-                                          StreamItem& item) {
+                                          StreamTile& item) {
   const int rank0 = first.rank;
   const int rank1 = task.slices > 1 ? second.rank : 0;
   const bool shared = rank0 > 0 && rank1 == rank0 && first.a_row == second.a_row && first.v_col == second.v_col &&
@@ -121,6 +129,24 @@ __device__ __forceinline__ void set_ranks(const StreamTask& task, const SliceEnt
   }
 }
 
+/// The same, looked up.
+__device__ __forceinline__ void load_ranks(const StreamTask& task, int32_t group_word, StreamTile& to) {
+  const uint32_t group = min(static_cast<uint32_t>(group_word), static_cast<uint32_t>(task.groups - 1));
+  const SliceEntry entry = load_entry(task, group, 0);
+  set_ranks(task, entry, task.slices > 1 ? load_entry(task, group, 1) : entry, to);
+}
+
+/// The row at a position of the plan's order, and its pair.
+__device__ __forceinline__ int row_at(const StreamTask& task, int pos) {
+  const int32_t word = ptx::load_fresh4(task.order + min(pos, task.rows - 1));
+  return min(static_cast<uint32_t>(word), static_cast<uint32_t>(task.rows - 1));
+}
+__device__ __forceinline__ int pair_of(const StreamTask& task, int row) {
+  if (task.row_map == nullptr) return row;
+  const int32_t mapped = ptx::load_fresh4(task.row_map + row);
+  return static_cast<uint32_t>(mapped) < static_cast<uint32_t>(task.pairs) ? mapped : 0;
+}
+
 /// Of the tiles first, first + stride, ... below `tiles`, those of a batch.
 __device__ __forceinline__ int items_of(int first, int stride, int tiles) {
   return first < tiles ? min(kBatch, (tiles - first + stride - 1) / stride) : 0;
@@ -139,19 +165,12 @@ __device__ __forceinline__ void load_items(const StreamTask& task, int first, in
     const int4 tile = ptx::load_fresh16(task.tile + first + i * stride);
     const int rows = min(max(tile.z, 1), kTileRows);
     const int pos = min(max(tile.y, 0), task.rows - 1);
-    const int32_t word = ptx::load_fresh4(task.order + min(pos + min(j, rows - 1), task.rows - 1));
+    const int row = row_at(task, pos + min(j, rows - 1));
     if (j == 0) {
-      const uint32_t group = min(static_cast<uint32_t>(tile.x), static_cast<uint32_t>(task.groups - 1));
-      const SliceEntry entry = load_entry(task, group, 0);
-      set_ranks(task, entry, task.slices > 1 ? load_entry(task, group, 1) : entry, to);
+      load_ranks(task, tile.x, to);
       to.rows = rows;
     }
-    const int row = min(static_cast<uint32_t>(word), static_cast<uint32_t>(task.rows - 1));
-    int pair = row;
-    if (task.row_map != nullptr) {
-      const int32_t mapped = ptx::load_fresh4(task.row_map + row);
-      pair = static_cast<uint32_t>(mapped) < static_cast<uint32_t>(task.pairs) ? mapped : 0;
-    }
+    const int pair = pair_of(task, row);
     to.row[j] = row;
     to.x_row[j] = task.x_div > 0 ? pair / task.x_div : row;
     to.weight[j] = task.row_weight != nullptr ? task.row_weight[pair] : 1.f;

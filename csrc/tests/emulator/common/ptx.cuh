@@ -82,7 +82,12 @@ inline V load(const void* p) {
 }
 inline uint4 load_weights16(const void* p) { return load<uint4>(p); }
 inline uint4 load16(const void* p) { return load<uint4>(p); }
+inline uint4 load_once16(const void* p) { return load<uint4>(p); }
 inline uint2 load8(const void* p) { return load<uint2>(p); }
+template <typename T>
+T* keep(T* p) {
+  return p;
+}
 inline uint32_t load4(const void* p) { return load<uint32_t>(p); }
 inline uint2 load_weights8_if(bool condition, const void* p) { return condition ? load<uint2>(p) : uint2{0, 0}; }
 inline int4 load_fresh16(const void* p) { return load<int4>(p); }
