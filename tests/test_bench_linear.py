@@ -67,6 +67,10 @@ class MadeUpTimer:
     def added(self, base, calls):
         return self.calls(base), self.calls(calls)
 
+    def beyond(self, base, calls):
+        assert len(base) == len(calls)
+        return self.calls(base), self.calls(calls)
+
     def host(self, call):
         return self.calls([call])
 
@@ -158,7 +162,7 @@ def test_embeddings_stand_in_the_same_table_and_in_no_chain():
     assert [r["op"] for r in found] == ["linear", *["embedding"] * 3]
     assert [(r.get("vocab"), r.get("layout")) for r in found[1:]] == [(50, "rank"), (33, "token"), (40, "rank")]
     assert "vocab" not in found[0] and all(r["regime"] == "embedding" and r["k"] == 0 for r in found[1:])
-    assert [r["case"] for r in of_kind(records, "chain")] == [CASES[0].name], "an embedding follows no GEMM"
+    assert [r["case"] for r in of_kind(records, "chain")] == [CASES[0].name] * 2, "an embedding follows no GEMM"
     assert len(of_kind(records, "idle")) == len(chosen)
     assert list(report.ratios(records)["embedding"]["polylora"]) == [case.name for case in EMBEDDINGS]
     assert any(line.startswith("| embedding") for line in tables.splitlines())
@@ -316,12 +320,20 @@ def test_chain_idle_and_overhead_have_their_tables():
     assert failures == []
     for r in of_kind(records, "chain"):
         assert r["status"] == "ok" and r["base_us"] > 0 and r["low_us"] < r["us"] < r["high_us"]
-    assert len(of_kind(records, "chain")) == 2 * len(CASES)
+    assert [r["implementation"] for r in of_kind(records, "chain")] == ["polylora", "polylora:beside", "peer"] * len(CASES)
     assert [r["implementation"] for r in of_kind(records, "idle")] == ["polylora"] * len(CASES)
     names = {r["implementation"] for r in of_kind(records, "overhead")}
     assert names == {"polylora", "peer", "plan", "polylora, by keywords", "torch add_"}
     for title in ("chain of base GEMMs", "no row that has an adapter", "Host time"):
         assert title in tables
+
+
+def test_beside_runs_the_gemm_and_adds_to_what_it_wrote():
+    problem = Problem(CASES[0], torch.device("cpu"), torch.bfloat16, 2)
+    for weight_set, call in enumerate(peers.PolyloraBeside().prepare(problem)):
+        problem.y.zero_()
+        call.around(lambda: problem.y.copy_(problem.y0))()
+        assert problem.error(weight_set) <= 5e-3
 
 
 def test_an_idle_call_that_touches_y_fails():

@@ -11,7 +11,7 @@ import torch
 
 import polylora
 from polylora.bench.cases import Case, Module
-from polylora.bench.peers import Call, Implementation
+from polylora.bench.peers import BesideCall, Call, Implementation, Polylora, PolyloraBeside
 from polylora.bench.problem import COLD, Problem, sets_that_fit, weight_sets
 from polylora.bench.report import OK, Record, Sink, Table, cell, number, write_means
 from polylora.bench.run import DeviceLost, Progress, Run, Timer, compared, compared_head, describe_run, timed
@@ -70,6 +70,9 @@ class _Run(Run):
         self.options = options
         self.implementations = list(options.implementations)
         self.ours = [i for i in self.implementations if i.ours]
+        # in a chain, polylora's deltas also beside the GEMM
+        beside = [PolyloraBeside()] if any(i.name == Polylora().name for i in self.ours) else []
+        self.in_chain = self.ours[:1] + beside + [i for i in self.implementations if i not in self.ours[:1]]
         self.names = [case.name for case in options.cases]
 
     def run(self) -> list[str]:
@@ -104,9 +107,12 @@ class _Run(Run):
 
     def _chain_table(self) -> Table:
         head = ["case", "base GEMM"]
-        for i in self.implementations:
+        for i in self.in_chain:
             head += [i.name, "quartiles".rjust(14)]
-        self.sink.text("\nus that a call adds to a chain of base GEMMs (torch.mm), each followed by the call:\n")
+        self.sink.text(
+            "\nus that a call adds to a chain of base GEMMs (torch.mm), each followed by the call, or, beside, with its "
+            "delta made\non a second stream during the GEMM:\n"
+        )
         return Table(self.sink, head, self.names)
 
     def _idle_table(self) -> Table:
@@ -193,10 +199,16 @@ class _Run(Run):
             base = [layer(weight) for weight in weights]
 
             def measure(_: Implementation, calls: list[Call]) -> Record:
-                alone, added = self.timer.added(base, calls)
+                if isinstance(calls[0], BesideCall):
+                    rounds = math.lcm(len(base), len(calls))
+                    gemms = [base[i % len(base)] for i in range(rounds)]
+                    around = [calls[i % len(calls)].around(gemm) for i, gemm in enumerate(gemms)]
+                    alone, added = self.timer.beyond(gemms, around)
+                else:
+                    alone, added = self.timer.added(base, calls)
                 return timed(added) | {"base_us": alone.us}
 
-            found = self._measure_all("chain", case, problem, self.implementations, measure)
+            found = self._measure_all("chain", case, problem, self.in_chain, measure)
         times = [record["base_us"] for record in found if record and record["status"] == OK]
         cells = [case.name, number(min(times, default=None))]
         for record in found:

@@ -126,6 +126,63 @@ class Polylora(Implementation):
         return self.path != "auto" and "cudaErrorNotSupported" in str(error)
 
 
+class PolyloraBeside(Polylora):
+    """``linear_delta`` on a second stream beside a base GEMM, then ``add_delta_``. Not for embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "polylora:beside"
+
+    def prepare(self, problem: Problem) -> list[Call]:
+        case = problem.case
+        self.plan = polylora.Plan(case.rows, case.adapters, device=problem.device).fill(problem.slot_of_row)
+        # of the GEMM's priority: its blocks come first
+        side = torch.cuda.Stream(problem.device) if problem.device.type == "cuda" else None
+        delta = torch.empty_like(problem.y)
+        return [BesideCall(problem, self.plan.tensor, delta, side, *ab) for ab in zip(problem.a, problem.b, strict=True)]
+
+
+class BesideCall:
+    """A call of :class:`PolyloraBeside`: by itself, and :meth:`around` a GEMM."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: torch.Tensor,
+        delta: torch.Tensor,
+        side: torch.cuda.Stream | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> None:
+        ranks = [problem.case.rank] * problem.case.adapters
+        t = polylora.SliceTable.from_dense_pool(a, b, ranks, problem.scales, widths=problem.case.module.widths)
+        self._delta = delta, problem.x, t.a, t.b, t.table, plan, t.widths, t.v_width
+        self._add = problem.y, delta, t.table, plan, t.widths, t.cols
+        self._side = side
+
+    def __call__(self) -> None:
+        torch.ops.polylora.linear_delta(*self._delta)
+        torch.ops.polylora.add_delta_(*self._add)
+
+    def around(self, gemm: Call) -> Call:
+        """One that runs the GEMM, too, which writes y."""
+        side = self._side
+        if side is None:
+            return lambda: (gemm(), self())
+
+        def layer() -> None:
+            here = torch.cuda.current_stream(side.device)
+            before = here.record_event()
+            gemm()
+            side.wait_event(before)
+            with torch.cuda.stream(side):
+                torch.ops.polylora.linear_delta(*self._delta)
+            here.wait_stream(side)
+            torch.ops.polylora.add_delta_(*self._add)
+
+        return layer
+
+
 class Vllm(Implementation):
     """vLLM: shrink into a zeroed fp32 buffer, then expand."""
 
