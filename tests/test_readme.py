@@ -78,8 +78,8 @@ def usable(device: str) -> str:
 
 def test_every_python_block_is_run_here():
     """A new block needs a test of its own: the ones below run these."""
-    marks = {README: ["polylora.attach", "from_dense_pool"], OPS: ["moe_delta"], PAGES[-1]: ["ByteTokenizer"]}
-    marks[INTEGRATION] = ["class Layer"]
+    marks = {README: ["polylora.attach", "from_dense_pool"], PAGES[-1]: ["ByteTokenizer"]}
+    marks |= {OPS: ["linear_delta", "moe_delta"], INTEGRATION: ["class Layer"]}
     for page in PAGES:
         blocks, known = fenced(page, "python"), marks.get(page, [])
         assert len(blocks) == len(known), f"{page.name}: {len(blocks)} Python blocks, {len(known)} of them are run"
@@ -130,13 +130,44 @@ class NoStream:
     def wait_stream(self, other: NoStream) -> None:
         pass
 
+    def record_event(self) -> None:
+        pass
 
-def test_the_block_of_deltas_beside_the_gemms_is_the_fused_layer(usable, monkeypatch):
-    code = block_with(OPS, "moe_delta")
+    def wait_event(self, event: None) -> None:
+        pass
+
+
+@pytest.fixture
+def streams(usable, monkeypatch) -> None:
     if usable == "cpu":
         monkeypatch.setattr(torch.cuda, "Stream", NoStream)
         monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+def test_the_block_of_a_linears_delta_beside_the_gemm_is_linear_(usable, streams):
+    code = block_with(OPS, "linear_delta")
+    rows, slots, rank, k, widths = 7, 3, 8, 64, [40, 24]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(usable)
+
+    a, b, w = random(slots, len(widths) * rank, k) / 8, random(slots, sum(widths), rank), random(sum(widths), k) / 8
+    table = polylora.SliceTable.from_sglang_dense(a, b, [rank] * slots, widths=widths)
+    ids = torch.tensor([0, 2, -1, 1, 1, 0, -1], dtype=torch.int32).to(usable)
+    plan = polylora.Plan(rows, slots, device=usable).fill(ids).tensor
+    given = {"torch": torch, "ops": torch.ops.polylora, "gemm": lambda x: x @ w.T, "x": random(rows, k)}
+    got = execute(code, given | {"rows": rows, "table": table, "plan": plan})["y"]
+    base = given["x"] @ w.T
+    want = base.clone()
+    torch.ops.polylora.linear_(want, given["x"], plan=plan, **table.args("linear_"))
+    torch.testing.assert_close(got, want)
+    assert (want - base).norm() > 0.1 * want.norm()
+
+
+def test_the_block_of_deltas_beside_the_gemms_is_the_fused_layer(usable, streams):
+    code = block_with(OPS, "moe_delta")
     tokens, k, slots, experts, rank, hidden, inner = 9, 3, 2, 4, 8, 64, 32
     generator = torch.Generator().manual_seed(0)
 

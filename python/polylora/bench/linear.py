@@ -110,8 +110,8 @@ class _Run(Run):
         for i in self.in_chain:
             head += [i.name, "quartiles".rjust(14)]
         self.sink.text(
-            "\nus that a call adds to a chain of base GEMMs (torch.mm), each followed by the call, or, beside, with its "
-            "delta made\non a second stream during the GEMM:\n"
+            "\nus that a call adds to a chain of base GEMMs (torch.mm), each followed by the call, or, beside, with "
+            "its delta\nmade on a second stream during the GEMM:\n"
         )
         return Table(self.sink, head, self.names)
 

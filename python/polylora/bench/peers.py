@@ -138,8 +138,8 @@ class PolyloraBeside(Polylora):
         self.plan = polylora.Plan(case.rows, case.adapters, device=problem.device).fill(problem.slot_of_row)
         # of the GEMM's priority: its blocks come first
         side = torch.cuda.Stream(problem.device) if problem.device.type == "cuda" else None
-        delta = torch.empty_like(problem.y)
-        return [BesideCall(problem, self.plan.tensor, delta, side, *ab) for ab in zip(problem.a, problem.b, strict=True)]
+        shared = problem, self.plan.tensor, torch.empty_like(problem.y), side
+        return [BesideCall(*shared, a, b) for a, b in zip(problem.a, problem.b, strict=True)]
 
 
 class BesideCall:
