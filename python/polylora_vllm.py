@@ -14,7 +14,7 @@ among this package's entry points yet; to turn it on, put a folder on ``PYTHONPA
 Where ``VLLM_PLUGINS`` is set, it must name ``polylora``. Then, at the start of a worker, vLLM logs ``Using
 PolyloraPunicaWrapper.``; what it leaves to vLLM's own kernels, and why: :mod:`polylora.vllm_plugin`.
 
-``POLYLORA_VLLM=0`` turns it off, ``POLYLORA_VLLM_BESIDE=0`` only the side stream of MoE layers
+``POLYLORA_VLLM=0`` turns it off, ``POLYLORA_VLLM_BESIDE=0`` only the side streams
 (``polylora/vllm_plugin/beside.py``). A vLLM of another minor version than :data:`SUPPORTED`, a platform that is not
 CUDA, or a polylora that cannot be loaded leave vLLM as it is, and one line in the log says so.
 

@@ -407,6 +407,26 @@ def test_linear_equals_shrink_then_expand_within_the_bound_on_one_slice_of_the_t
     run_linear(case, path)
 
 
+@pytest.mark.parametrize("widths", [(4, 4), (12,), (1,), (8, 4), (64, 20)])
+def test_deltas_of_narrow_slices_behind_aligned_inputs(device, dtype, path, widths):
+    """Gated DeltaNet's in_proj_ba under tensor parallelism: x and A are fit for the fast kernels, the outputs are not."""
+    case = make_dense_case(device, dtype, rows=9, k=64, widths=widths, gaps=False, aligned=True, ranks=(8, 16))
+    case.x = case.x.clone()
+    assert case.x.data_ptr() % 16 == 0 and case.x.stride() == (64, 1)
+    assert all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in case.pools.a)
+    run_linear(case, path)
+
+
+def test_deltas_at_odd_addresses(device, dtype, path):
+    case = make_dense_case(device, dtype, rows=9, k=64, widths=(64, 32), gaps=False, aligned=True)
+    args = {name: value for name, value in case.linear_args().items() if name not in ("y", "cols")}
+    wide = torch.full((9, 99), torch.nan, dtype=dtype, device=device)
+    ops.linear_delta(wide[:, 1:97], **args)
+    ops.add_delta_(case.y.view, wide[:, 1:97], args["table"], args["plan"], case.widths, case.cols)
+    case.check()
+    assert wide[:, [0, 97, 98]].isnan().all(), "nothing beside them is written"
+
+
 @pytest.mark.parametrize("rows", [1, 33, 300])
 @pytest.mark.parametrize("aligned", [False, True], ids=["odd", "aligned"])
 def test_deltas_are_what_linear_adds_to_minus_zero(device, dtype, path, rows, aligned):

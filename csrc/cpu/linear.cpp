@@ -151,12 +151,11 @@ void expand(const LoraParams& params, const ParallelFor& parallel_for) {
   expand_blocks(params, active_blocks(params.plan), load_from(params), parallel_for);
 }
 
-// -0 first: it adds nothing, and says so where a slice is absent.
-void delta(const LoraParams& params, const ParallelFor& parallel_for) {
+void delta(const LoraParams& params, float absent, const ParallelFor& parallel_for) {
   const Kernels& kernel = kernels(params.dtype);
   const int64_t width = sum_of_widths(params.slices);
   float nothing[kProductCols];
-  std::fill(std::begin(nothing), std::end(nothing), -0.0f);
+  std::fill(std::begin(nothing), std::end(nothing), absent);
   for (const RowBlock& block : active_blocks(params.plan)) {
     for (int32_t r = 0; r < block.count; ++r) {
       for (int64_t n = 0; n < width; n += kProductCols) {

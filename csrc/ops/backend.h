@@ -65,7 +65,7 @@ struct CpuBackend {
   int64_t linear_scratch(const LoraParams& p) const { return p.rows * p.v_width * int64_t{sizeof(float)}; }
   void linear(const LoraParams& p) const { cpu::expand(shrunk(p), parallel_for); }
   int64_t linear_delta_scratch(const LoraParams& p) const { return linear_scratch(p); }
-  void linear_delta(const LoraParams& p) const { cpu::delta(shrunk(p), parallel_for); }
+  void linear_delta(const LoraParams& p) const { cpu::delta(shrunk(p), -0.0f, parallel_for); }
   void add_delta(const AddDeltaParams& d) const { cpu::add_delta(d, parallel_for); }
   int64_t embedding_scratch(const EmbeddingParams&) const { return 0; }
   void embedding(const EmbeddingParams& p) const { cpu::embedding(p, parallel_for); }
@@ -82,7 +82,7 @@ struct CpuBackend {
     cpu::down_reduce(with_v, parallel_for);
   }
   int64_t moe_delta_scratch(const LoraParams& p) const { return p.v_of_x ? 0 : linear_scratch(p); }
-  void moe_delta(const LoraParams& p) const { cpu::delta(p.v_of_x ? p : shrunk(p), parallel_for); }
+  void moe_delta(const LoraParams& p) const { cpu::delta(p.v_of_x ? p : shrunk(p), 0.0f, parallel_for); }
   void moe_act(const GateUpActParams& g) const { cpu::moe_act(g, parallel_for); }
   void moe_reduce(const DownReduceParams& d) const { cpu::moe_reduce(d, parallel_for); }
 

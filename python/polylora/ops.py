@@ -137,8 +137,9 @@ def linear_delta(
     short sum alone. For prompts :func:`linear_` is faster.
 
     Args:
-        delta: ``[rows, sum of widths]``, slice after slice, rounded once to its dtype. Rows with an adapter are written
-            whole, zeros where a slice is absent; the others hold anything afterwards.
+        delta: ``[rows, sum of widths]``, slice after slice, rounded once to its dtype (in fp16, infinite above 65504,
+            where :func:`linear_` only rounds the sum). Rows with an adapter are written whole, -0 where a slice is
+            absent; the others hold anything afterwards.
         x: ``[rows, K]``, the base layer's input.
     """
     _ops.linear_delta(delta, x, a, b, table, plan, widths, v_width)
@@ -150,7 +151,7 @@ def add_delta_(
     """``y += delta`` on the rows with an adapter, with the deltas of :func:`linear_delta`.
 
     Args:
-        y: ``[rows, ...]``, any row stride: the base layer's output. Where a slice is absent 0 is added: -0 becomes 0.
+        y: ``[rows, ...]``, any row stride: the base layer's output. It keeps its bits where the delta is -0.
         delta: ``[rows, sum of widths]``, slice after slice.
         table: of it, the numbers of groups and slices alone.
     """

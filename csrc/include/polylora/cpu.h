@@ -18,7 +18,8 @@ void moe_plan(const MoePlanParams& params, const ParallelFor& parallel_for);
 
 void shrink(const LoraParams& params, const ParallelFor& parallel_for);
 void expand(const LoraParams& params, const ParallelFor& parallel_for);
-void delta(const LoraParams& params, const ParallelFor& parallel_for);  // v given, also of x; y is delta
+/// y is delta; v given, also of x. `absent`: what stands where a slice is absent, 0 or -0.
+void delta(const LoraParams& params, float absent, const ParallelFor& parallel_for);
 void add_delta(const AddDeltaParams& params, const ParallelFor& parallel_for);
 void embedding(const EmbeddingParams& params, const ParallelFor& parallel_for);  // looks A up and expands; no v
 

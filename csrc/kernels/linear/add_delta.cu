@@ -21,7 +21,7 @@ struct AddTask {
   const void* delta;
   int64_t y_stride, delta_stride;
   int32_t rows, groups;
-  int32_t width, slices;
+  int32_t width;
   int32_t first[kMaxSlices];  // column of the deltas; beyond the last slice: INT32_MAX
   int64_t shift[kMaxSlices];  // from there to y's
 
@@ -92,7 +92,6 @@ AddTask add_task(const AddDeltaParams& d) {
   task.delta_stride = d.delta_stride;
   task.rows = p.plan.rows;
   task.groups = p.plan.groups;
-  task.slices = p.slices.count;
   for (int s = 0; s < kMaxSlices; ++s) {
     task.first[s] = s < p.slices.count ? task.width : INT32_MAX;
     if (s >= p.slices.count) continue;

@@ -72,7 +72,7 @@ cudaError_t choose_linear(const LoraParams& params, Path& path) {
 // have to stand at once, come after it.
 cudaError_t choose_delta(const LoraParams& params, Path& path) {
   path = Path::kGeneral;
-  if (!is_few(params) || !narrow_shrink_serves(params)) return cudaSuccess;
+  if (!is_few(params) || !narrow_shrink_serves(params) || !wide_expand_serves(params)) return cudaSuccess;
   return choose({{false, false, true, true}}, {{false, false, true, true}}, path);
 }
 

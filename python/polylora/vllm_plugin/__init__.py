@@ -7,6 +7,7 @@
 ``tables.py``    vLLM's slot tensors, used in place, with the true rank of the adapter in each slot
 ``experts.py``   those of MoE layers, and what the two halves of their experts do with them
 ``beside.py``    the same on another stream, beside the GEMMs of vLLM's unquantised Triton experts
+``side.py``      that stream, which steps of few rows use for linears, too
 ===============  ====================================================================================================
 
 vLLM's own kernels go on serving what these do not: fully sharded LoRA, slots of more ranks than polylora has, outputs

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,7 @@ from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExpert
 
 from polylora.ops import ACTIVATIONS
 from polylora.vllm_plugin.experts import ExpertTables, empty_plan, fill_plan
-from polylora.vllm_plugin.side import side_stream_of
+from polylora.vllm_plugin.side import may_run_beside, side_stream_of
 from polylora.vllm_plugin.tables import say_once
 
 #: Of the deltas of one half: more, in steps of very many tokens, is not taken beside what vLLM has measured.
@@ -50,12 +49,9 @@ _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0  # of swiglu_oai: the defaults of vLLM's ker
 
 
 def run_beside(layer: FusedMoEWithLoRA, tables: ExpertTables) -> None:
-    """Lets the layer's deltas run beside its GEMMs, if its experts are of the kind that this knows.
-
-    ``POLYLORA_VLLM_BESIDE=0`` turns it off.
-    """
+    """Lets the layer's deltas run beside its GEMMs, if its experts are of the kind that this knows."""
     experts = layer._moe_kernel.fused_experts
-    if os.environ.get("POLYLORA_VLLM_BESIDE", "1") == "0" or "apply" in vars(experts) or not _knows(experts):
+    if not may_run_beside() or "apply" in vars(experts) or not _knows(experts):
         return
     if layer.moe_config.activation is MoEActivation.SWIGLUOAI and len(layer.w13_lora_b_stacked) == 2:
         return  # gate and up apart, into a buffer where they alternate: vLLM's versions differ in what that means
@@ -116,8 +112,9 @@ class Beside:
         slots = self._slots(given["topk_ids"].size(0))
         if slots is None or not self.serves(given):
             return self._vllms["apply"](*args, **kwargs)
-        call = self._call = self._start(given, slots)
+        call = self._call = self._new_call(given)
         try:
+            self._start(call, given, slots)
             result = self._vllms["apply"](*args, **kwargs)
         except BaseException:
             self._side.join()  # the deltas' memory goes back to the step's stream
@@ -190,17 +187,21 @@ class Beside:
             and topk_ids.numel() * widest * x.element_size() <= MAX_DELTA_BYTES
         )
 
-    def _start(self, given: dict, slots: Tensor) -> _Call:
+    def _new_call(self, given: dict) -> _Call:
+        x, pairs = given["hidden_states"], given["topk_ids"].numel()
+        weights = given["topk_weights"].float().contiguous()
+        return _Call(
+            empty_plan(self._tables, given["topk_ids"]), weights, x.new_empty(pairs, sum(self._gate_up.widths))
+        )
+
+    def _start(self, call: _Call, given: dict, slots: Tensor) -> None:
         """Starts the plan and the deltas of gate and up."""
         x, topk_ids, t = given["hidden_states"], given["topk_ids"], self._gate_up
-        weights = given["topk_weights"].float().contiguous()
-        call = _Call(empty_plan(self._tables, topk_ids), weights, x.new_empty(topk_ids.numel(), sum(t.widths)))
         with self._side.fork():
             fill_plan(call.plan, self._tables, topk_ids, slots, given["expert_map"])
             torch.ops.polylora.moe_delta(
                 call.gate_up, x, t.a, t.b, t.table, call.plan, t.widths, t.v_width, topk_ids.size(1)
             )
-        return call
 
     def _start_down(self, call: _Call, h: Tensor) -> None:
         t = self._tables.down

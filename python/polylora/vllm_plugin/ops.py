@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polylora.vllm_plugin.side import side_stream_of
+from polylora.vllm_plugin.side import may_run_beside, side_stream_of
 from polylora.vllm_plugin.step import Fork, step_of
 from polylora.vllm_plugin.tables import announce_whole, table_of_a, table_of_b
 
@@ -33,17 +33,14 @@ _LIBRARY = torch.library.Library("polylora_vllm", "FRAGMENT")
 
 def before_base(turn: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
     """Tells that the base's GEMM of ``x [M, K]`` comes next: of few rows, :func:`linear` makes its deltas beside it."""
-    if no_lora.item():
-        return
-    step = step_of(rows)
-    step.fork = None
-    if x.size(0) > BESIDE_ROWS:
+    if no_lora.item() or x.size(0) > BESIDE_ROWS or not may_run_beside():
         return
     t = table_of_a(a)
-    step.plan(x.size(0))
+    step = step_of(rows)
+    plan = step.plan(x.size(0))
     delta = x.new_empty(x.size(0), sum(t.widths))
     side = side_stream_of(x.device, first=False)  # after the GEMM: else its blocks wait for a place, and all for them
-    step.fork = Fork(x.data_ptr(), t, delta, side, side.mark())
+    step.fork = Fork(x.data_ptr(), t, plan, delta, side, side.mark())
 
 
 def linear(
@@ -54,15 +51,15 @@ def linear(
         return
     t = table_of_a(a)
     step = step_of(rows)
-    plan, fork = step.plan(x.size(0)), step.fork
-    step.fork = None
+    fork, step.fork = step.fork, None
     if fork is None or (fork.x, fork.table, fork.delta.size(0)) != (x.data_ptr(), t, x.size(0)):
+        plan = step.plan(x.size(0))
         torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
         return
     with fork.side.fork(fork.mark):
-        torch.ops.polylora.linear_delta(fork.delta, x, t.a, t.b, t.table, plan, t.widths, t.v_width)
+        torch.ops.polylora.linear_delta(fork.delta, x, t.a, t.b, t.table, fork.plan, t.widths, t.v_width)
     fork.side.join()
-    torch.ops.polylora.add_delta_(y, fork.delta, t.table, plan, t.widths, t.cols)
+    torch.ops.polylora.add_delta_(y, fork.delta, t.table, fork.plan, t.widths, t.cols)
 
 
 def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -50,3 +51,12 @@ class SideStream:
 
 
 side_stream_of = functools.cache(SideStream)
+
+
+def may_run_beside() -> bool:
+    """Whether deltas may be made beside the base's GEMMs.
+
+    Not with ``POLYLORA_VLLM_BESIDE=0``; nor with ``POLYLORA_BATCH_INVARIANT=1``: they are rounded once more than where
+    they are added at once, and which of the two a row meets depends on the other rows of its step.
+    """
+    return os.environ.get("POLYLORA_VLLM_BESIDE", "1") != "0" and os.environ.get("POLYLORA_BATCH_INVARIANT") != "1"

@@ -52,12 +52,13 @@ def slots_of(ids: Sequence[int], slot_ids: Sequence[int | None]) -> np.ndarray:
 class Fork(NamedTuple):
     """A GEMM of the base that is about to start, beside which deltas can be made.
 
-    ``x``: the address of its input; ``table``: of the layer; ``delta``: memory for ``[rows, outputs]``, allocated
+    ``x``: the address of its input; ``table``: of the layer; ``plan``: of its rows; ``delta``: memory for ``[rows, outputs]``, allocated
     before the point ``mark`` of the step's stream, from which on ``side`` may write it.
     """
 
     x: int
     table: SliceTable
+    plan: Tensor
     delta: Tensor
     side: SideStream
     mark: torch.cuda.Event | None
@@ -108,6 +109,7 @@ class StepRows:
         """
         if slots.size > self.capacity:
             raise ValueError(f"polylora: a step has up to {self.capacity} rows, got {slots.size}")
+        self.fork = None  # of a pass that raised, or whose layer took another way
         # Pinned anew each time: the block goes back to its allocator once the copy has run, so that the next step's
         # numbers cannot reach a copy in flight.
         staging = torch.empty(self._buffer.shape, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)

@@ -74,7 +74,8 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
 
     def before_base(self, x: Tensor, lora_a_stacked: tuple[Tensor, ...]) -> None:
         """Before the base's GEMM of ``x``, whose result goes to :meth:`add_lora_linear`."""
-        if x.dtype == lora_a_stacked[0].dtype:
+        rows_follow_each_other = x.dim() == 2 or x.is_contiguous()  # else the layer copies them for itself
+        if x.dtype == lora_a_stacked[0].dtype and rows_follow_each_other:
             step = self._tokens
             x = x.view(-1, x.shape[-1])
             torch.ops.polylora_vllm.before_base(step.turn, x, list(lora_a_stacked), step.rows, step.no_lora)
