@@ -409,7 +409,7 @@ def test_linear_equals_shrink_then_expand_within_the_bound_on_one_slice_of_the_t
 
 @pytest.mark.parametrize("widths", [(4, 4), (12,), (1,), (8, 4), (64, 20)])
 def test_deltas_of_narrow_slices_behind_aligned_inputs(device, dtype, path, widths):
-    """Gated DeltaNet's in_proj_ba under tensor parallelism: x and A are fit for the fast kernels, the outputs are not."""
+    """Gated DeltaNet's in_proj_ba under tensor parallelism: x and A fit the fast kernels, the outputs do not."""
     case = make_dense_case(device, dtype, rows=9, k=64, widths=widths, gaps=False, aligned=True, ranks=(8, 16))
     case.x = case.x.clone()
     assert case.x.data_ptr() % 16 == 0 and case.x.stride() == (64, 1)

@@ -52,8 +52,8 @@ def slots_of(ids: Sequence[int], slot_ids: Sequence[int | None]) -> np.ndarray:
 class Fork(NamedTuple):
     """A GEMM of the base that is about to start, beside which deltas can be made.
 
-    ``x``: the address of its input; ``table``: of the layer; ``plan``: of its rows; ``delta``: memory for ``[rows, outputs]``, allocated
-    before the point ``mark`` of the step's stream, from which on ``side`` may write it.
+    ``x``: the address of its input; ``table``: of the layer; ``plan``: of its rows; ``delta``: memory for
+    ``[rows, outputs]``, allocated before the point ``mark`` of the step's stream, from which on ``side`` may write it.
     """
 
     x: int
