@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-import polylora.vllm_plugin.ops  # noqa: F401  (registers torch.ops.polylora_vllm)
 from polylora.vllm_plugin import experts
 from polylora.vllm_plugin.beside import run_beside
+from polylora.vllm_plugin.ops import BESIDE_ROWS  # and torch.ops.polylora_vllm
 from polylora.vllm_plugin.step import StepRows, slots_of
 from polylora.vllm_plugin.tables import adopt, follow_layers, refusal_of_slots, say_once, tell_before_base
 
@@ -74,6 +74,8 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
 
     def before_base(self, x: Tensor, lora_a_stacked: tuple[Tensor, ...]) -> None:
         """Before the base's GEMM of ``x``, whose result goes to :meth:`add_lora_linear`."""
+        if not torch.compiler.is_compiling() and x.numel() > BESIDE_ROWS * x.shape[-1]:
+            return  # the op would find out by itself, and a prompt without a graph waits for the host
         rows_follow_each_other = x.dim() == 2 or x.is_contiguous()  # else the layer copies them for itself
         if x.dtype == lora_a_stacked[0].dtype and rows_follow_each_other:
             step = self._tokens
