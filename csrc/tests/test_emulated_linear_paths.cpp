@@ -1,0 +1,154 @@
+// Which path linear, its deltas and their sum take, as linear/linear.cu chooses it. The fast paths are the emulated
+// kernels themselves, over plans without rows; the general ones are stand-ins that say that they were called.
+#include "emulator.h"
+#include "linear/linear.cu"
+
+#include "check.h"
+#include "emulated.h"
+#include "polylora/cpu.h"
+
+namespace polylora {
+namespace {
+
+/// What was called of the general paths, in order.
+std::string called;
+
+cudaError_t note(const char* what) {
+  called += (called.empty() ? "" : " ") + std::string(what);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+namespace cuda {
+
+cudaError_t shrink_general_path(const LoraParams&, cudaStream_t) { return note("shrink"); }
+cudaError_t expand_general_path(const LoraParams&, cudaStream_t) { return note("expand"); }
+cudaError_t embedding_general_path(const EmbeddingParams&, cudaStream_t) { return note("embedding"); }
+cudaError_t moe_linear(const LoraParams&, cudaStream_t) { return note("moe"); }
+cudaError_t moe_scratch(const LoraParams&, int64_t&) { return note("moe"); }
+
+}  // namespace cuda
+
+namespace testing {
+namespace {
+
+/// A call on plain memory, of rows without an adapter.
+class Call {
+ public:
+  Call(int64_t rows, int64_t k, std::vector<int32_t> widths, int64_t groups = 8)
+      : ids_(static_cast<size_t>(rows), -1),
+        plan_(4 * plan_layout(rows, groups, 0).words),
+        table_(groups * static_cast<int64_t>(widths.size() * sizeof(SliceEntry))),
+        memory_(1 << 20),
+        scratch_(8 << 20) {
+    cpu::plan(PlanParams{reinterpret_cast<int32_t*>(plan_.data()), ids_.data(), false, rows, groups}, serial);
+    p.dtype = DType::kBFloat16;
+    p.rows = rows;
+    p.k = p.x_stride = k;
+    p.x = p.y = memory_.data();
+    p.v_width = static_cast<int32_t>(16 * widths.size());
+    p.scratch = scratch_.data();
+    p.plan = plan_view(reinterpret_cast<int32_t*>(plan_.data()), rows, groups, 0);
+    p.slices.table = reinterpret_cast<const SliceEntry*>(table_.data());
+    p.slices.groups = static_cast<int32_t>(groups);
+    p.slices.col_stride = 1;
+    for (int32_t width : widths) {
+      const int s = p.slices.count++;
+      p.slices.width[s] = width;
+      p.slices.col[s] = p.y_stride;
+      p.y_stride += width;
+      p.slices.a[s] = p.slices.b[s] = memory_.data();
+      p.slices.a_stride[s] = k;
+      p.slices.a_rows[s] = p.slices.b_elements[s] = 64;
+    }
+  }
+
+  /// Under a forced path: how many kernels were launched, then what was called of the general paths.
+  template <typename Op>
+  std::string run(const char* path, Op op) {
+    called.clear();
+    cuda::launches.clear();
+    emulator::options().previous_grid = nullptr;
+    setenv("POLYLORA_PATH", path, 1);
+    const cudaError_t error = op(p);
+    unsetenv("POLYLORA_PATH");
+    if (error != cudaSuccess) return error == cudaErrorNotSupported ? "not supported" : "another error";
+    return std::to_string(cuda::launches.size()) + (called.empty() ? "" : " ") + called;
+  }
+
+  void* odd() const { return memory_.data() + 2; }
+
+  LoraParams p{};
+
+ private:
+  std::vector<int32_t> ids_;
+  GuardedBytes plan_, table_, memory_, scratch_;
+};
+
+std::string deltas(Call& call, const char* path = "") {
+  return call.run(path, [](const LoraParams& p) { return cuda::linear_delta(p, nullptr); });
+}
+std::string linear(Call& call, const char* path = "") {
+  return call.run(path, [](const LoraParams& p) { return cuda::linear(p, nullptr); });
+}
+
+void expect(const char* what, const std::string& got, const char* want) {
+  CHECK(got == want, "%s: %s, want %s", what, got.c_str(), want);
+}
+
+// Two launches of decode, or -0 and then what linear takes.
+void deltas_by_shape() {
+  Call fast(9, 64, {64, 32});
+  expect("few rows", deltas(fast), "2");
+  expect("few rows, cluster forced", deltas(fast, "cluster"), "2");
+  expect("few rows, general forced", deltas(fast, "general"), "1 shrink expand");
+  Call many(600, 64, {64, 32});
+  expect("many rows", deltas(many), "2");  // -0, and wide
+  for (const std::vector<int32_t>& widths : {std::vector<int32_t>{4, 4}, {12}, {1}, {64, 20}}) {
+    Call narrow(9, 64, widths);
+    expect("widths that are no multiples of 8", deltas(narrow), "1 shrink expand");
+  }
+  Call odd_delta(9, 64, {64}), odd_b(9, 64, {64}), odd_a(9, 64, {64}), odd_k(9, 60, {64});
+  odd_delta.p.y = odd_delta.odd();
+  odd_b.p.slices.b[0] = odd_b.odd();
+  odd_a.p.slices.a[0] = odd_a.odd();
+  for (Call* call : {&odd_delta, &odd_b, &odd_a, &odd_k}) {
+    expect("what is unaligned", deltas(*call), "1 shrink expand");
+  }
+  Call nothing(0, 64, {64}), no_groups(9, 64, {64}, 0);
+  expect("no rows", deltas(nothing), "0");
+  expect("no groups", deltas(no_groups), "0");
+}
+
+void linear_by_rows() {
+  Call few(64, 64, {64, 32}), full(128, 64, {64, 32}), each(128, 64, {64, 32}, 64);
+  expect("64 rows of 8 groups", linear(few), "1");
+  expect("128 rows of 8 groups, whose tiles are full", linear(full), "2");
+  expect("128 rows of 64 groups", linear(each), "1");
+  expect("128 rows of 8 groups, cluster forced", linear(full, "cluster"), "1");
+}
+
+void sums_by_shape() {
+  const auto sum = [](Call& call, const void* delta, int64_t stride, const char* path = "") {
+    return call.run(path, [&](const LoraParams& p) { return cuda::add_delta({p, delta, stride}, nullptr); });
+  };
+  Call call(9, 64, {64, 32});
+  for (const char* path : {"", "general"}) expect("aligned", sum(call, call.p.x, 96, path), "1");
+  expect("odd deltas", sum(call, call.odd(), 97), "1");
+  call.p.slices.col[1] = 65;
+  expect("odd columns", sum(call, call.p.x, 96), "1");
+  Call nothing(0, 64, {64});
+  expect("no rows", sum(nothing, nothing.p.x, 64), "0");
+}
+
+}  // namespace
+}  // namespace testing
+}  // namespace polylora
+
+int main() {
+  polylora::testing::deltas_by_shape();
+  polylora::testing::linear_by_rows();
+  polylora::testing::sums_by_shape();
+  return polylora::testing::report();
+}
