@@ -171,11 +171,12 @@ void delta(const LoraParams& params, float absent, const ParallelFor& parallel_f
 void add_delta(const AddDeltaParams& params, const ParallelFor& parallel_for) {
   const LoraParams& lora = params.lora;
   const Kernels& kernel = kernels(lora.dtype);
+  const std::vector<Columns> columns = column_units(lora.slices);
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (lora.plan.row_group[row] < 0) continue;
       int64_t at = row * params.delta_stride;
-      for (const Columns& piece : column_units(lora.slices)) {
+      for (const Columns& piece : columns) {
         for (int32_t n = piece.n; n < piece.n + piece.count; n += kProductCols) {
           const int32_t cols = std::min(kProductCols, piece.n + piece.count - n);
           float delta[kProductCols];

@@ -124,6 +124,16 @@ void check_columns(const Checker& check, const char* arg, const Tensor& y, const
   }
 }
 
+// The same, or, where slices have no columns, that y is as wide as they are together.
+void check_slices_of(const Checker& check, const char* arg, const Tensor& y, const LoraParams& p,
+                     const SliceArgs& slices) {
+  if (slices.cols) {
+    check_columns(check, arg, y, p.slices);
+  } else {
+    check.matrix(arg, y, p.rows, sum_of_widths(p.slices), y.dtype());
+  }
+}
+
 PlanView checked_plan(const Checker& check, const Tensor& plan, int64_t rows, int64_t groups, int64_t pairs) {
   const int64_t words = plan_layout(rows, groups, pairs).words;
   if (plan.dim() != 1 || plan.size(0) != words || plan.dtype() != dtype::kInt32) {
@@ -322,20 +332,27 @@ void expand_(Tensor y, Tensor v, TensorList b, Tensor table, Tensor plan, IntLis
   if (adds_something(check, y, p)) Backend(y).expand(p);
 }
 
-template <class Backend>
-void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths, IntList cols,
-             int64_t v_width) {
-  const Checker check("linear_", y);
+// Of linear_ and linear_delta. Where slices have no columns, y is the deltas, slice after slice.
+LoraParams linear_params(const Checker& check, const char* y_name, const Tensor& y, const Tensor& x,
+                         const SliceArgs& slices, const Tensor& plan) {
   LoraParams p{};
-  p.dtype = check.compute_dtype("y", y);
-  check.matrix("y", y, kAny, kAny, y.dtype());
+  p.dtype = check.compute_dtype(y_name, y);
+  check.matrix(y_name, y, kAny, kAny, y.dtype());
   p.rows = y.size(0);
   check.matrix("x", x, p.rows, kAny, y.dtype());
   set_x(p, x);
   set_y(p, y);
-  p.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, p.k, y.dtype());
-  check_columns(check, "y", y, p.slices);
+  p.slices = slice_set(check, slices, p.k, y.dtype());
+  check_slices_of(check, y_name, y, p, slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
+  return p;
+}
+
+template <class Backend>
+void linear_(Tensor y, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths, IntList cols,
+             int64_t v_width) {
+  const Checker check("linear_", y);
+  LoraParams p = linear_params(check, "y", y, x, {&a, &b, table, &widths, &cols, 1}, plan);
   run_linear<Backend>(check, p, y, v_width);
 }
 
@@ -343,16 +360,7 @@ template <class Backend>
 void linear_delta(Tensor delta, Tensor x, TensorList a, TensorList b, Tensor table, Tensor plan, IntList widths,
                   int64_t v_width) {
   const Checker check("linear_delta", delta);
-  LoraParams p{};
-  p.dtype = check.compute_dtype("delta", delta);
-  check.matrix("delta", delta, kAny, kAny, delta.dtype());
-  p.rows = delta.size(0);
-  check.matrix("x", x, p.rows, kAny, delta.dtype());
-  set_x(p, x);
-  set_y(p, delta);
-  p.slices = slice_set(check, {&a, &b, table, &widths, nullptr, 1}, p.k, delta.dtype());
-  check.matrix("delta", delta, p.rows, sum_of_widths(p.slices), x.dtype());
-  p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
+  LoraParams p = linear_params(check, "delta", delta, x, {&a, &b, table, &widths, nullptr, 1}, plan);
   set_v_width(check, p, v_width);
   if (!adds_something(check, delta, p)) return;
   const Backend backend(delta);
@@ -448,11 +456,7 @@ LoraParams moe_params(const Checker& check, const MoeArgs& args, const char* x_n
   p.row_map = checked_row_map(check, args.row_map, p.rows);
   check.range("col_stride", args.slices.col_stride, 1, kMaxInt32);
   p.slices = slice_set(check, args.slices, x != nullptr ? p.k : kAny, args.y.dtype());
-  if (args.slices.cols) {
-    check_columns(check, args.y_name, args.y, p.slices);
-  } else {
-    check.matrix(args.y_name, args.y, p.rows, sum_of_widths(p.slices), args.y.dtype());
-  }
+  check_slices_of(check, args.y_name, args.y, p, args.slices);
   const int64_t mapped_pairs = args.row_map ? args.pairs : args.mapped_pairs;
   p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, mapped_pairs);
   return p;

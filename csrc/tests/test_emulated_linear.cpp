@@ -337,16 +337,19 @@ cudaError_t mma_of(LoraParams p) {
   return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
 }
 
-cudaError_t narrow_of(LoraParams p) {
+template <auto kExpand, bool kBeside>
+cudaError_t narrow_launches(LoraParams p) {
   if (!cuda::narrow_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int parts = 0;
-  cuda::narrow_parts(p, false, parts);
+  cuda::narrow_parts(p, kBeside, parts);
   const GuardedBytes scratch(cuda::narrow_plane_bytes(p, parts));
   p.scratch = scratch.data();
   const cudaError_t error = cuda::shrink_narrow_path(p, parts, nullptr);
   emulator::options().previous_grid = nullptr;
-  return error == cudaSuccess ? cuda::expand_narrow_path(p, parts, nullptr) : error;
+  return error == cudaSuccess ? kExpand(p, parts, nullptr) : error;
 }
+constexpr auto narrow_of = narrow_launches<cuda::expand_narrow_path, false>;
+constexpr auto narrow_deltas = narrow_launches<cuda::expand_deltas_narrow_path, true>;
 
 // The deltas by themselves, into memory of NaN, and then their sum with y.
 template <auto kDeltas>
@@ -364,17 +367,6 @@ cudaError_t apart_of(Problem& problem) {
   const cudaError_t error = kDeltas(p);
   emulator::options().previous_grid = nullptr;
   return error == cudaSuccess ? cuda::add_delta_path(sum, nullptr) : error;
-}
-
-cudaError_t narrow_deltas(LoraParams p) {
-  if (!cuda::narrow_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
-  int parts = 0;
-  cuda::narrow_parts(p, true, parts);
-  const GuardedBytes scratch(cuda::narrow_plane_bytes(p, parts));
-  p.scratch = scratch.data();
-  const cudaError_t error = cuda::shrink_narrow_path(p, parts, nullptr);
-  emulator::options().previous_grid = nullptr;
-  return error == cudaSuccess ? cuda::expand_deltas_narrow_path(p, parts, nullptr) : error;
 }
 
 cudaError_t wide_deltas(LoraParams p) {

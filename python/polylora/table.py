@@ -19,7 +19,8 @@ Wrong arguments raise ``ValueError`` with ``polylora::SliceTable...: argument, e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,20 @@ _ARGUMENTS = {
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is not below ``n``."""
     return (n + multiple - 1) // multiple * multiple
+
+
+@contextlib.contextmanager
+def sent_to(to: torch.Tensor) -> Iterator[np.ndarray]:
+    """Numbers for a contiguous tensor: the array that is yielded, of undefined contents, is copied to it afterwards.
+
+    On the current stream, to CUDA from pinned memory, without a synchronisation.
+    """
+    on_cuda = to.device.type == "cuda"
+    # A fresh pinned block a copy: the caching host allocator keeps it until the copy has run, so that the next write on
+    # the host cannot reach a copy still in flight.
+    staging = torch.empty(to.shape, dtype=to.dtype, device="cpu", pin_memory=on_cuda)
+    yield staging.numpy()
+    to.copy_(staging, non_blocking=on_cuda)
 
 
 def _refuse(where: str, argument: str, expected: str, got: object) -> ValueError:
@@ -322,14 +337,9 @@ class SliceTable:
             return
         check_not_capturing("SliceTable.upload")
         words = self.words()
-        on_cuda = self.table.device.type == "cuda"
         for begin, end in ranges:
-            # A fresh pinned block a copy: the caching host allocator keeps it until the copy has run, so that the
-            # next write on the host cannot reach a copy still in flight.
-            size = (end - begin, *self.table.shape[1:])
-            staging = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=on_cuda)
-            staging.numpy()[...] = words[begin:end]
-            self.table[begin:end].copy_(staging, non_blocking=on_cuda)
+            with sent_to(self.table[begin:end]) as staging:
+                staging[...] = words[begin:end]
         self._host.mark_clean()
 
     # ---------------------------------------------------------------------------------------------- builders

@@ -17,8 +17,9 @@ import torch
 from sglang.srt.lora.utils import LoRABatchInfo, MoELoRABatchInfo
 from torch import Tensor
 
+from polylora.packed import PackedInts
 from polylora.plan import plan_size
-from polylora.table import round_up
+from polylora.table import round_up, sent_to
 
 _PADDING = 256  # of an eager pass: tensor parallelism pads its rows to a multiple of the ranks
 
@@ -110,10 +111,10 @@ class BatchBuffer:
     def __init__(self, slots: int, requests: int, tokens: int, device: torch.device | str, *, graph: bool) -> None:
         self.slots, self.requests, self.tokens = slots, requests, round_up(max(tokens, 1), _PADDING)
         # ranks, scalings and whether there is an adapter, by slot; slots of requests, where these begin; slots of rows
-        self._sizes = (slots, slots, slots, requests, requests + 1, self.tokens)
+        sizes = slots, slots, slots, requests, requests + 1, self.tokens
         with torch.inference_mode(False):  # batches may come in either mode
-            self._packed = torch.empty(sum(map(_aligned, self._sizes)), dtype=torch.int32, device=device)
-            ranks, scalings, enabled, indices, starts, rows = self._split(self._packed)
+            self._packed = PackedInts(sizes, device)
+            ranks, scalings, enabled, indices, starts, rows = self._packed.parts
             self.rows = Rows(rows, slots)
         self._enabled = enabled
         self.info = Batch(
@@ -129,13 +130,6 @@ class BatchBuffer:
             rows=self.rows,
         )
         self.fill([], [], [], [0] * slots, [0.0] * slots)
-
-    def _split(self, packed):
-        parts, begin = [], 0
-        for size in self._sizes:
-            parts.append(packed[begin : begin + size])
-            begin += _aligned(size)
-        return parts
 
     def fill(
         self,
@@ -159,17 +153,12 @@ class BatchBuffer:
         if requests > self.requests or tokens > self.tokens:
             got = f"{requests} and {tokens}"
             raise ValueError(f"polylora: a batch has up to {self.requests} requests and {self.tokens} rows, got {got}")
-        on_cuda = self._packed.is_cuda
-        # Pinned anew each time: the block goes back to its allocator once the copy has run, so that the next batch's
-        # numbers cannot reach a copy in flight.
-        staging = torch.empty(self._packed.shape, dtype=torch.int32, device="cpu", pin_memory=on_cuda)
-        to_ranks, to_scalings, to_enabled, to_indices, to_starts, to_rows = self._split(staging.numpy())
-        to_ranks[:], to_scalings.view(np.float32)[:] = ranks, scalings
-        to_enabled[:] = to_ranks > 0
-        to_indices[:requests], to_indices[requests:] = weight_indices, 0
-        to_starts[0], to_starts[1 : requests + 1], to_starts[requests + 1 :] = 0, np.cumsum(lengths), tokens
-        to_rows[:tokens], to_rows[tokens:] = np.repeat(np.asarray(row_slots, dtype=np.int32), lengths), -1
-        self._packed.copy_(staging, non_blocking=on_cuda)
+        with self._packed.sent() as (to_ranks, to_scalings, to_enabled, to_indices, to_starts, to_rows):
+            to_ranks[:], to_scalings.view(np.float32)[:] = ranks, scalings
+            to_enabled[:] = to_ranks > 0
+            to_indices[:requests], to_indices[requests:] = weight_indices, 0
+            to_starts[0], to_starts[1 : requests + 1], to_starts[requests + 1 :] = 0, np.cumsum(lengths), tokens
+            to_rows[:tokens], to_rows[tokens:] = np.repeat(np.asarray(row_slots, dtype=np.int32), lengths), -1
         self.rows.renew(tokens)
         info = self.info
         info.bs = info.num_segments = requests
@@ -192,14 +181,9 @@ class BatchBuffer:
 def head_rows(row_slots: Sequence[int], lengths: Sequence[int], num_slots: int, device: torch.device | str) -> Rows:
     """The rows of a prefill whose logits are wanted, ``lengths`` of each request; arguments as :class:`BatchBuffer`."""
     slots = np.repeat(np.asarray(row_slots, dtype=np.int32), lengths)
-    on_cuda = torch.device(device).type == "cuda"
-    staging = torch.empty(slots.size, dtype=torch.int32, device="cpu", pin_memory=on_cuda)
-    staging.numpy()[:] = slots
-    rows = Rows(staging.to(device, non_blocking=on_cuda), num_slots)
+    on_device = torch.empty(slots.size, dtype=torch.int32, device=device)
+    with sent_to(on_device) as staging:
+        staging[:] = slots
+    rows = Rows(on_device, num_slots)
     rows.renew(slots.size)
     return rows
-
-
-def _aligned(words: int) -> int:
-    """int32 words up to the next 256 bytes: Triton compiles anew for pointers aligned in another way."""
-    return round_up(words, 64)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from polylora.packed import PackedInts
 from polylora.plan import plan_size
 from polylora.table import SliceTable, round_up
 from polylora.vllm_plugin.side import SideStream
@@ -80,11 +81,10 @@ class StepRows:
         self.capacity = round_up(capacity, 256)  # graphs are padded, and may be a little longer than a step
         self.num_slots = num_slots
         self._meta = meta
-        self._sizes = (self.capacity, self.capacity, num_slots + 1, num_slots + 1, num_slots + 2)
-        self._buffer = torch.empty(sum(map(_aligned, self._sizes)), dtype=torch.int32, device=device)
+        sizes = self.capacity, self.capacity, num_slots + 1, num_slots + 1, num_slots + 2
+        self._packed = PackedInts(sizes, device)
         self._plan = torch.zeros(plan_size(self.capacity, num_slots), dtype=torch.int32, device=device)
-        self._on_cuda = self._buffer.device.type == "cuda"
-        self.rows, order, active, counts, starts = self._split(self._buffer)
+        self.rows, order, active, counts, starts = self._packed.parts
         meta.token_lora_mapping, meta.token_indices_sorted_by_lora_ids = self.rows, order
         meta.active_lora_ids, meta.num_tokens_per_lora, meta.lora_token_start_loc = active, counts, starts
         self.no_lora = meta.no_lora_flag_cpu
@@ -92,14 +92,6 @@ class StepRows:
         self.fork: Fork | None = None
         _STEPS[self.rows.data_ptr()] = self
         self.update(np.empty(0, dtype=np.int32))
-
-    def _split(self, buffer):
-        """The buffer's parts: slot of each row, order of the rows, then adapters, their rows, where these start."""
-        parts, begin = [], 0
-        for size in self._sizes:
-            parts.append(buffer[begin : begin + size])
-            begin += _aligned(size)
-        return parts
 
     def update(self, slots: np.ndarray) -> None:
         """Takes the rows of the coming steps. ``slots``: int32 ``[rows]``, -1 = none. No synchronisation.
@@ -110,17 +102,15 @@ class StepRows:
         if slots.size > self.capacity:
             raise ValueError(f"polylora: a step has up to {self.capacity} rows, got {slots.size}")
         self.fork = None  # of a pass that raised, or whose layer took another way
-        # Pinned anew each time: the block goes back to its allocator once the copy has run, so that the next step's
-        # numbers cannot reach a copy in flight.
-        staging = torch.empty(self._buffer.shape, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
-        adapters = self._fill(slots, *self._split(staging.numpy()))
-        self._buffer.copy_(staging, non_blocking=self._on_cuda)
+        with self._packed.sent() as parts:
+            adapters = self._fill(slots, *parts)
         self._set_counters(adapters)
 
     @staticmethod
     def _fill(slots: np.ndarray, rows, order, active, counts, starts) -> int:
-        """Fills the buffer's parts as vLLM's ``LoRAKernelMeta`` does, and returns how many groups of rows there are:
-        adapters, and one of the rows without; 0 where no row has one."""
+        """Fills the slot of each row, the order of the rows, then adapters, their rows, and where these start as vLLM's
+        ``LoRAKernelMeta`` does, and returns how many groups of rows there are: adapters, and one of the rows without;
+        0 where no row has one."""
         rows[: slots.size], rows[slots.size :] = slots, -1
         order[:], active[:], counts[:], starts[:] = 0, -1, 0, 0
         if not (slots >= 0).any():
@@ -145,7 +135,7 @@ class StepRows:
         """
         if rows > self.capacity:
             raise ValueError(f"polylora: a forward pass has up to {self.capacity} rows, got {rows}")
-        capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = self.rows.is_cuda and torch.cuda.is_current_stream_capturing()
         marks = _marks_of_this_pass()
         made = marks.get(id(self))
         if made is not None and made[:2] == (rows, capturing):
@@ -154,11 +144,6 @@ class StepRows:
         torch.ops.polylora.plan(plan, self.rows[:rows], self.num_slots)
         marks[id(self)] = (rows, capturing, plan)
         return plan
-
-
-def _aligned(words: int) -> int:
-    """int32 words up to the next 256 bytes: vLLM's kernels are compiled for pointers as aligned as an allocation's."""
-    return round_up(words, 64)
 
 
 def _marks_of_this_pass() -> dict[int, tuple[int, bool, Tensor]]:
