@@ -221,7 +221,8 @@ class Worker:
         import torch
         import vllm
 
-        return {"vllm": vllm.__version__, "torch": torch.__version__, "device": torch.cuda.get_device_name()}
+        # vLLM sends plain types alone between its processes, and torch's version is of a class of its own
+        return {"vllm": vllm.__version__, "torch": str(torch.__version__), "device": torch.cuda.get_device_name()}
 
     def bench_spread_weights(self) -> dict[str, int]:
         """Scales vLLM's dummy weights, which lie within 1e-3, until layers pass on values around 1.

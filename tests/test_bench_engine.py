@@ -6,8 +6,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from polylora.adapters import load_adapter
 from polylora.models import model_table
 from polylora_cli import DONE, NO, NO_GPU
@@ -157,6 +159,13 @@ def test_the_kernels_must_be_the_sides(side, adapters, all_, ours, vllms, good):
 
 
 # ---------------------------------------------------------------------------------------------- models and adapters
+
+
+def test_workers_answer_in_plain_types(monkeypatch):
+    """vLLM cannot send others between its processes and then waits for good; ``torch.__version__`` is no plain str."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.26.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert {type(value) for value in engine_side.Worker().bench_versions().values()} == {str}
 
 
 def test_adapters_of_mixed_ranks_can_be_loaded(small, tmp_path):

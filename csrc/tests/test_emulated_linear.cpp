@@ -465,7 +465,9 @@ void any_shape(const std::string& name, Path path, int64_t k_unit) {
     }
   }
   for (int rank : {1, 3, 4, 8, 12, 16, 17, 24, 31, 32, 33, 48, 64, 100, 128, 200, 256}) {
-    run(name + " rank " + std::to_string(rank), path, {DType::kBFloat16, 6, 128, {64, 8}, 2, {rank}});
+    for (int64_t rows : {6, 20}) {  // jobs of decode of 8 rows and of 16
+      run(name + " rank " + std::to_string(rank), path, {DType::kBFloat16, rows, 128, {64, 8}, 2, {rank}});
+    }
   }
   for (int64_t k : {8, 16, 24, 32, 40, 80, 96, 512, 520, 544}) {
     if (k % k_unit == 0) run(name + " k " + std::to_string(k), path, {DType::kBFloat16, 3, k, {64}, 2, {16}});
@@ -523,7 +525,7 @@ void many_outputs() {
     Problem problem({DType::kBFloat16, 1, 64, {40008}, 1, {64}, "one"}, 1);
     problem.spoil(1, false);
     path(problem);
-    CHECK(cuda::launches.back().grid.y * cuda::launches.back().grid.z > 4, "%s shares the outputs", name.c_str());
+    CHECK(cuda::launches.back().grid.x > 64, "%s shares the outputs", name.c_str());  // a cluster has 16 at most
   }
 }
 

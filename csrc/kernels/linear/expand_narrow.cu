@@ -1,5 +1,5 @@
-// expand for decode, sm_80 and later: y += scale * v B^T for up to 8 rows of one group and one slice, or that delta
-// alone. v comes from shrink_narrow.cu in planes, from the caller, or is looked up by token.
+// expand for decode, sm_80 and later: y += scale * v B^T for up to 8 or 16 rows of one group and one slice, or that
+// delta alone. v comes from shrink_narrow.cu in planes, from the caller, or is looked up by token.
 //
 // A block takes a part of the outputs, its warps a unit in turn. v is made once a block, in shared memory. B and y of a
 // warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended. Else
@@ -20,25 +20,25 @@ struct NarrowTask {
   TokenSource tokens;
 };
 
-template <typename T, bool kWide>
+template <typename T, bool kWide, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __grid_constant__ NarrowTask params) {
-  using Expand = NarrowExpand<T, kWide>;
+  using Expand = NarrowExpand<T, kWide, kRows>;
   const LinearTask& task = params.linear;
   const bool is_lookup = params.tokens.ids != nullptr;
   T* smem_v = reinterpret_cast<T*>(ptx::dynamic_smem());
   const int pitch = narrow_v_pitch(task.rank_cap);
-  const int s = task.slice_of_part(static_cast<int>(blockIdx.y));
+  const int s = task.slice_of_part(static_cast<int>(blockIdx.x));
   const LinearSlice& slice = task.slice[s];
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
   const int units = (slice.width + Expand::kOutputs - 1) / Expand::kOutputs;
   const int parts = task.first_part[s + 1] - task.first_part[s];
-  const int part = static_cast<int>(blockIdx.y) - task.first_part[s];
+  const int part = static_cast<int>(blockIdx.x) - task.first_part[s];
   const Part n = {units * part / parts, units * (part + 1) / parts};
 
   ptx::launch_next_grid();
-  int index = blockIdx.x;
-  NarrowJob job;
+  int index = blockIdx.z;
+  NarrowJob<kRows> job;
   job.read(task, index, s);
   bool guess = !task.follows_own;
   bool waited = false;
@@ -51,8 +51,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     const bool fits = entry_fits(entry, a_rows, slice.a_rows, slice.width, slice.b_elements, task.v_width) &&
                       entry.rank <= min(task.rank_cap, slice.max_rank);
     const int rank = index < jobs && rows > 0 && fits ? entry.rank : 0;
-    const int64_t row = job.row(task, g);
+    uint32_t has = job.has(index);
     const int alignment = static_cast<int>(entry.b_offset) | entry.b_stride;
+    if (rank > 0) {  // what the warps take after their first unit, towards L2
+      const int first = (n.begin + kWarps) * Expand::kOutputs;
+      prefetch_b(static_cast<const T*>(slice.b) + entry.b_offset + int64_t{first} * entry.b_stride, entry.b_stride,
+                 rank, min(n.end * Expand::kOutputs, slice.width) - first);
+    }
     if (guess) {
       waited = true;
       ptx::wait_for_previous_grid();
@@ -61,9 +66,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     Expand expand(slice);
     expand.clear();
     if (task.sets_y) expand.start_from_nothing();
-    expand.begin(task, n.begin + warp, row, entry.b_offset, entry.b_stride);
-    const bool reads_y = !task.sets_y && g < rows;
-    if (rank > 0 && expand.unit < n.end) expand.load(0, rank, reads_y, entry.b_stride, alignment);
+    expand.begin(task, job, n.begin + warp, entry.b_offset, entry.b_stride);
+    const uint32_t reads = task.sets_y ? 0 : ~0u;  // y, of the rows
+    if (rank > 0 && expand.unit < n.end) expand.load(0, rank, has & reads, entry.b_stride, alignment);
     if (guess) {
       guess = false;
       if (__any_sync(0xffffffffu, now != job.word)) {  // all warps end with what is there now: no barrier is needed
@@ -100,19 +105,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
         }
         *reinterpret_cast<uint2*>(smem_v + v_row * pitch + r) = bits;
       }
-      const bool has_row = g < rows && (!is_lookup || token_of(params.tokens, row) >= 0);
+      if (is_lookup) {
+#pragma unroll
+        for (int i = 0; i < Expand::kEights; ++i) {
+          if (token_of(params.tokens, job.row(task, g + 8 * i)) < 0) has &= ~(1u << i);
+        }
+      }
       __syncthreads();
       int r = 0;
 #pragma unroll 1
       while (expand.unit < n.end) {
-        r = expand.multiply(r, rank, alignment, smem_v + g * pitch);
+        r = expand.multiply(r, rank, alignment, smem_v + g * pitch, pitch);
         if (r >= rank) {
-          expand.store(entry.scale, has_row);
+          expand.store(entry.scale, has);
           expand.next(kWarps, entry.b_stride);
           if (expand.unit >= n.end) break;
           r = 0;
         }
-        expand.load(r, rank, has_row && !task.sets_y, entry.b_stride, alignment);
+        expand.load(r, rank, has & reads, entry.b_stride, alignment);
       }
     } else if (task.sets_y && rows > 0) {
       if (!waited) {
@@ -120,9 +130,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
         ptx::wait_for_previous_grid();
       }
 #pragma unroll 1
-      for (; expand.unit < n.end; expand.next(kWarps, 0)) expand.store(-0.f, g < rows);
+      for (; expand.unit < n.end; expand.next(kWarps, 0)) expand.store(-0.f, has);
     }
-    index += gridDim.x;
+    index += gridDim.z;
     if (index >= jobs) break;
     __syncthreads();  // all are done with v
     job.read(task, index, s);
@@ -143,16 +153,20 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   const int64_t parts = min64(divide_up(units, kWarps), fit);
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(task.max_tiles), task.first_part[task.slices]);
+  shape.grid = dim3(task.first_part[task.slices], 1, narrow_grid_jobs(task));
   shape.threads = kThreads;
-  shape.smem_bytes = kJobRows * narrow_v_pitch(task.rank_cap) * 2;
+  shape.smem_bytes = narrow_job_rows(p) * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;
-  if (p.dtype == DType::kBFloat16) {
-    return wide ? launch<&expand_narrow<__nv_bfloat16, true>>(device, shape, params, stream)
-                : launch<&expand_narrow<__nv_bfloat16, false>>(device, shape, params, stream);
-  }
-  return wide ? launch<&expand_narrow<__half, true>>(device, shape, params, stream)
-              : launch<&expand_narrow<__half, false>>(device, shape, params, stream);
+  const auto by_shape = [&](auto element) {
+    using T = decltype(element);
+    if (narrow_job_rows(p) == 16) {
+      return wide ? launch<&expand_narrow<T, true, 16>>(device, shape, params, stream)
+                  : launch<&expand_narrow<T, false, 16>>(device, shape, params, stream);
+    }
+    return wide ? launch<&expand_narrow<T, true, 8>>(device, shape, params, stream)
+                : launch<&expand_narrow<T, false, 8>>(device, shape, params, stream);
+  };
+  return p.dtype == DType::kBFloat16 ? by_shape(__nv_bfloat16{}) : by_shape(__half{});
 }
 
 }  // namespace

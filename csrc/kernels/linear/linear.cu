@@ -27,10 +27,12 @@ namespace {
 // 19.0, of down 19.7 and 19.2, 42 MB of qkvz 21.1 and 20.4.
 constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 
-// Where most runs fill tiles of 16 rows, clusters, too, read each weight twice, and wait for each other. H200, 128 rows
-// of 8 adapters r16 behind a GEMM of the base, cluster and mma, us: qkv 8.7 and 8.9, o 7.3 and 6.7, gate_up 20.5
-// and 16.5, down 14.1 and 10.2; of 64 rows 7.2 and 7.4, 6.3 and 6.1, 11.2 and 12.5, 7.0 and 7.2.
-constexpr int64_t kFullTilesRows = 128;
+// Where most runs fill tiles of 16 rows, clusters read each weight twice, and wait for each other; the two launches
+// take a tile at once. H200, r16, 16 rows an adapter, behind a GEMM of the base, cluster and mma, us: 64 rows of
+// qkv 8.1 and 6.9, o 6.5 and 6.6, gate_up 16.5 and 9.0, down 7.0 and 7.5; 96 rows 8.4 and 7.6, 6.5 and 6.4, 11.4
+// and 12.1, 7.9 and 8.1; 128 rows 9.2 and 8.0, 8.4 and 7.1, 20.1 and 13.4, 13.2 and 8.8. With 8 rows an adapter
+// clusters are as good or better.
+constexpr int64_t kFullTilesRows = 64;
 
 // Rows up to which decode's kernels take all of a batch of many adapters.
 constexpr int64_t kMostDecodeRows = 1024;

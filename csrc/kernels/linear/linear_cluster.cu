@@ -27,7 +27,7 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int kRows = kJobRows;       // of a cluster
+constexpr int kRows = 8;              // of a cluster
 constexpr int kMostSmem = 64 * 1024;  // more than any call takes
 constexpr int kFewQuads = 64;         // quads of v up to which every block adds all of them
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
   const LinearTask& task = params.linear;
   const ClusterSmem& at = params.smem;
   constexpr int kThreads = kWarps * 32;
-  using Expand = NarrowExpand<T, kWide>;
+  using Expand = NarrowExpand<T, kWide, kRows>;
   constexpr int kOutputs = Expand::kOutputs;
   constexpr int kStepUnits = kWide ? 4 : 3;  // units of K in flight
   unsigned char* smem = ptx::dynamic_smem();
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
 
   const int blocks_log2 = task.blocks_log2;
   const int blocks = 1 << blocks_log2;
-  const int block = blockIdx.x & (blocks - 1);
+  const int block = blockIdx.x & (blocks - 1);  // of the cluster; x counts those that share the outputs, too
   if (threadIdx.x == 0) {
     ptx::init_barrier(partials_arrived);
     ptx::init_barrier(v_arrived);
@@ -84,18 +84,17 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
   k = {k_block.begin + k.begin, k_block.begin + k.end};
   const int first_rank = (warp >> task.k_split_log2) * kRankTile;
   // units of outputs: the block's; its warps take them in turn
-  const Part n = part_of((slice.width + kOutputs - 1) / kOutputs, blockIdx.z << blocks_log2 | block,
-                         blocks_log2 + task.parts_log2);
+  const Part n = part_of((slice.width + kOutputs - 1) / kOutputs, blockIdx.x, blocks_log2 + task.parts_log2);
 
-  int index = blockIdx.x >> blocks_log2;
-  NarrowJob job;
+  int index = blockIdx.z;
+  NarrowJob<kRows> job;
   job.read(task, index, blockIdx.y);
 
   // what follows from the job
   int jobs, rank, rows, a_row, b_stride;
-  int64_t b_offset, row;
+  int64_t b_offset;
   float scale;
-  NarrowShrink<T, kStepUnits> shrink;
+  NarrowShrink<T, kStepUnits, kRows> shrink;
   int quads_a_row, quads;  // of v
   uint32_t quads_inverse;  // 2^32 / quads_a_row, rounded up
   const auto prepare = [&] {
@@ -109,8 +108,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
     b_stride = entry.b_stride;
     b_offset = entry.b_offset;
     scale = entry.scale;
-    row = job.row(task, g);
-    shrink.x = static_cast<const T*>(task.x) + row * task.x_stride + 8 * t;
+    shrink.set_rows(task, job, rows);
     quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
     quads = rows * quads_a_row;
     quads_inverse = rank > 0 ? 0xffffffffu / static_cast<uint32_t>(quads_a_row) + 1 : 0;
@@ -127,7 +125,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
                          bytes);
     }
     const int first = n.begin * kOutputs;
-    const int outputs = min(min(n.end * kOutputs, slice.width) - first, (48 << 10) / rank);
+    const int outputs = min(n.end * kOutputs, slice.width) - first;
     prefetch_b(static_cast<const T*>(slice.b) + b_offset + int64_t{first} * b_stride, b_stride, rank, outputs);
   }
   bool guess = true;
@@ -147,13 +145,14 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
       if (r < rank) shrink.load(u, k.end);
       int32_t now = job.word;
       if (guess) now = ptx::load_fresh4(job.at);
-      expand.begin(task, n.begin + warp, row, b_offset, b_stride);  // while these are on their way
+      expand.begin(task, job, n.begin + warp, b_offset, b_stride);  // while these are on their way
 #pragma unroll 1
       while (r < rank) {
         shrink.multiply(u, k.end);
         u += kStepUnits;
         if (u >= k.end) {
-          shrink.store(partial + (split * kRows + g) * at.partial_pitch + r, r, rank, g < rows);
+          shrink.store(partial + (split * kRows + g) * at.partial_pitch + r, at.partial_pitch, r, rank,
+                       g < rows ? 1 : 0);
           r += (kWarps >> task.k_split_log2) * kRankTile;
           if (r >= rank) break;
           shrink.set_ranks(slice, a_row, r, rank);
@@ -219,7 +218,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
       int r = 0;
 #pragma unroll 1
       while (true) {
-        if (expand.unit < n.end) expand.load(r, rank, g < rows, b_stride, alignment);
+        if (expand.unit < n.end) expand.load(r, rank, g < rows ? 1 : 0, b_stride, alignment);
         if (!have_v) {
           have_v = true;
           if (blocks > 1) ptx::wait_barrier_cluster(partials_arrived, phases & 1);
@@ -263,16 +262,16 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
           }
         }
         if (expand.unit >= n.end) break;
-        r = expand.multiply(r, rank, alignment, direct ? nullptr : smem_v + g * at.v_pitch);
+        r = expand.multiply(r, rank, alignment, direct ? nullptr : smem_v + g * at.v_pitch, at.v_pitch);
         if (r < rank) continue;
-        expand.store(scale, g < rows);
+        expand.store(scale, g < rows ? 1 : 0);
         expand.next(kWarps, b_stride);
         r = 0;
       }
       phases ^= 1;
     }
 
-    index += gridDim.x >> blocks_log2;
+    index += gridDim.z;
     if (index >= jobs) break;
     __syncthreads();  // all threads are done with shared memory
     if (blocks > 1 && !arrived) ptx::cluster_arrive_relaxed();
@@ -368,8 +367,9 @@ cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   const int64_t most = 4 * device.sms / (p.slices.count << task.blocks_log2);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(min64(task.max_tiles, most > 1 ? most : 1)) << task.blocks_log2,
-                    static_cast<unsigned>(p.slices.count), 1u << task.parts_log2);
+  // jobs come last: a batch has fewer than the plan has room for, and blocks without one shall not stand before others
+  shape.grid = dim3(1u << (task.blocks_log2 + task.parts_log2), static_cast<unsigned>(p.slices.count),
+                    static_cast<unsigned>(min64(task.max_tiles, most > 1 ? most : 1)));
   shape.threads = how.warps * 32;
   shape.smem_bytes = how.params.smem.bytes;
   shape.cluster = 1 << task.blocks_log2;

@@ -12,16 +12,19 @@
 
 namespace polylora::cuda {
 
-inline constexpr int kUnitK = 32;   // elements of K that a quad of lanes loads at once
-inline constexpr int kJobRows = 8;  // half of a tile
+inline constexpr int kUnitK = 32;  // elements of K that a quad of lanes loads at once
 
 /// Pitch of v in shared memory, in elements: the rows that a warp touches together lie in different banks.
 __host__ __device__ constexpr int narrow_v_pitch(int rank_cap) { return (rank_cap + 63) / 64 * 64 + 16; }
 
-/// What a warp works on: words of the plan and the table, one a lane, so that one load a lane reads them again. Lanes
-/// 0-3 and 7: the plan's version, rows, groups, tiles, longest run. 4-6, 24-26: the tile, where a tile is one job or
-/// two. 8-14: the slice's entry. 16-23: the job's rows, beyond its end the last.
+/// What a warp works on, up to kRows rows of a tile: words of the plan and the table, one a lane, so that one load a
+/// lane reads them again. Lanes 0-3 and 7: the plan's version, rows, groups, tiles, longest run. 4-6: the tile. 8-14:
+/// the slice's entry. 16-31: the job's rows, beyond its end the last.
+///
+/// Jobs of 8 rows: a tile is one where no run of the batch has more, else two, and its words are those of lanes 24-26.
+template <int kRows>
 struct NarrowJob {
+  static_assert(kTileRows == 16 && (kRows == 8 || kRows == 16));
   const int32_t* at;
   int32_t word;
 
@@ -29,7 +32,7 @@ struct NarrowJob {
   __device__ __forceinline__ void read(const LinearTask& task, int index, int slice) {
     const int lane = threadIdx.x % 32;
     static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2);
-    const int tile = min(lane < 16 ? index : index / 2, task.max_tiles - 1);
+    const int tile = min(kRows == 8 && lane >= 16 ? index / 2 : index, task.max_tiles - 1);
     at = lane < 4 || lane == 7 ? task.header + (lane < 3    ? lane
                                                 : lane == 3 ? task.tiles_word
                                                             : task.longest_word)
@@ -37,18 +40,19 @@ struct NarrowJob {
     word = ptx::load_fresh4(at);
     const int from = tile_lane();
     const uint32_t group = min(static_cast<uint32_t>(get(from)), static_cast<uint32_t>(task.groups - 1));
-    const int row = get(from + 1) + (two_a_tile() ? index % 2 * kJobRows : 0) + min(lane & 7, max(rows(index) - 1, 0));
+    const int row = get(from + 1) + first_row(index) + min(lane & (kRows - 1), max(rows(index) - 1, 0));
     const int32_t* second =
         lane < 16
             ? reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices + slice) + min(lane & 7, 6)
             : task.order + min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1));
-    if (lane >= 8 && lane < 24) {
+    if (lane >= 8 && lane < 16 + kRows) {
       at = second;
       word = ptx::load_fresh4(at);
     }
   }
   __device__ __forceinline__ int32_t get(int lane) const { return __shfl_sync(0xffffffffu, word, lane); }
-  __device__ __forceinline__ bool two_a_tile() const { return get(7) > kJobRows; }
+  __device__ __forceinline__ bool two_a_tile() const { return kRows == 8 && get(7) > kRows; }
+  __device__ __forceinline__ int first_row(int index) const { return two_a_tile() ? index % 2 * kRows : 0; }
   __device__ __forceinline__ int tile_lane() const { return two_a_tile() ? 24 : 4; }
 
   // Of the whole grid.
@@ -58,16 +62,16 @@ struct NarrowJob {
   }
   // 0 where a tile has no second half.
   __device__ __forceinline__ int rows(int index) const {
-    return min(max(get(tile_lane() + 2) - (two_a_tile() ? index % 2 * kJobRows : 0), 0), kJobRows);
+    return min(max(get(tile_lane() + 2) - first_row(index), 0), kRows);
   }
   /// Of its `i`th row in the plan's order, inside it whatever the plan says.
   __device__ __forceinline__ int position(const LinearTask& task, int index, int i) const {
-    const int first = get(tile_lane() + 1) + (two_a_tile() ? index % 2 * kJobRows : 0);
+    const int first = get(tile_lane() + 1) + first_row(index);
     return min(static_cast<uint32_t>(first + i), static_cast<uint32_t>(task.rows - 1));
   }
   /// Of its first row in the planes.
   __device__ __forceinline__ int plane_row(const LinearTask& task, int index) const {
-    return task.tiles_word == kPlanShortTiles ? index * kJobRows : position(task, index, 0);
+    return task.tiles_word == kPlanShortTiles ? index * kRows : position(task, index, 0);
   }
   __device__ __forceinline__ SliceEntry entry() const {
     const uint64_t offset =
@@ -76,6 +80,12 @@ struct NarrowJob {
   }
   __device__ __forceinline__ int row(const LinearTask& task, int i) const {
     return min(static_cast<uint32_t>(get(16 + i)), static_cast<uint32_t>(task.rows - 1));
+  }
+  /// Which of rows g and g + 8 the job has: bits.
+  __device__ __forceinline__ uint32_t has(int index) const {
+    const int g = threadIdx.x % 32 / 4;
+    const int all = rows(index);
+    return (g < all ? 1u : 0u) | (g + 8 < all ? 2u : 0u);
   }
 };
 
@@ -111,22 +121,38 @@ __device__ __forceinline__ float4 add_quads(const float4* quad, int stride, int 
   return sum;
 }
 
-/// 16 ranks of x A^T for the job's rows, over units of K.
-template <typename T, int kStepUnits>
+/// 16 ranks of x A^T for the job's rows, over units of K. Of 16 rows, the second 8 are loaded where there are any.
+template <typename T, int kStepUnits, int kRows>
 struct NarrowShrink {
-  const T *x, *a_low, *a_high;  // row g of x, ranks r + g and r + g + 8, element 8t on
+  static constexpr int kEights = kRows / 8;
+
+  const T* x[kEights];      // rows g and g + 8, element 8t on
+  const T *a_low, *a_high;  // ranks r + g and r + g + 8
+  int eights = kEights;     // of rows that there are
   float acc[2][4];
-  uint4 a_frag[kStepUnits][2], x_frag[kStepUnits];
+  uint4 a_frag[kStepUnits][2], x_frag[kStepUnits][kEights];
 
   // The registers of what a path may leave unset would be kept through the whole kernel.
   __device__ __forceinline__ void clear() {
     clear_sums();
 #pragma unroll
-    for (int i = 0; i < kStepUnits; ++i) a_frag[i][0] = a_frag[i][1] = x_frag[i] = uint4{0, 0, 0, 0};
+    for (int i = 0; i < kStepUnits; ++i) {
+      a_frag[i][0] = a_frag[i][1] = uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) x_frag[i][j] = uint4{0, 0, 0, 0};
+    }
   }
   __device__ __forceinline__ void clear_sums() {
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.f;
+  }
+  __device__ __forceinline__ void set_rows(const LinearTask& task, const NarrowJob<kRows>& job, int rows) {
+    eights = kEights == 1 || rows <= 8 ? 1 : 2;
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) {
+      const int row = job.row(task, static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i);
+      x[i] = static_cast<const T*>(task.x) + int64_t{row} * task.x_stride + threadIdx.x % 4 * 8;
+    }
   }
   __device__ __forceinline__ void set_ranks(const LinearSlice& slice, int a_row, int r, int rank) {
     const int g = threadIdx.x % 32 / 4;
@@ -142,27 +168,32 @@ struct NarrowShrink {
       const int offset = (u + i) * kUnitK;
       a_frag[i][0] = ptx::load_weights16(a_low + offset);
       a_frag[i][1] = ptx::load_weights16(a_high + offset);
-      x_frag[i] = ptx::load16(x + offset);
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) {
+        if (j < eights) x_frag[i][j] = ptx::load16(x[j] + offset);
+      }
     }
   }
   __device__ __forceinline__ void multiply(int u, int end) {
 #pragma unroll
     for (int i = 0; i < kStepUnits; ++i) {
       if (u + i >= end) break;
-      const Rows32 rows_of_x(x_frag[i], {0, 0, 0, 0});
+      const Rows32 rows_of_x(x_frag[i][0], kEights == 1 ? uint4{0, 0, 0, 0} : x_frag[i][kEights - 1]);
       mma_32<T>(acc[0], rows_of_x, a_frag[i][0]);
       mma_32<T>(acc[1], rows_of_x, a_frag[i][1]);
     }
   }
-  /// Ranks 2t, 2t + 1 of the first and second 8, of row g; zeros beyond the true rank. `to`: of row g and rank r.
-  __device__ __forceinline__ void store(float* to, int r, int rank, bool has_row) {
+  /// Ranks 2t, 2t + 1 of the first and second 8, of the rows that bits of `has` say are there; zeros beyond the true
+  /// rank. `to`: of row g and rank r; `pitch`: of a row.
+  __device__ __forceinline__ void store(float* to, int pitch, int r, int rank, uint32_t has) {
     const int t = threadIdx.x % 4;
     const int left = rank - r - 2 * t;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int ranks = i * 8;
-      const float2 pair{ranks < left ? acc[i][0] : 0.f, ranks + 1 < left ? acc[i][1] : 0.f};
-      if (has_row) *reinterpret_cast<float2*>(to + 2 * t + ranks) = pair;
+    for (int i = 0; i < 2 * kEights; ++i) {
+      const int ranks = i % 2 * 8;
+      const int eight = i / 2;
+      const float2 pair{ranks < left ? acc[i % 2][2 * eight] : 0.f, ranks + 1 < left ? acc[i % 2][2 * eight + 1] : 0.f};
+      if ((has >> eight & 1) != 0) *reinterpret_cast<float2*>(to + 8 * eight * pitch + 2 * t + ranks) = pair;
     }
     clear_sums();
   }
@@ -170,34 +201,40 @@ struct NarrowShrink {
 
 /// y += scale * v B^T, a unit of outputs at a time. kWide: made for ranks of 32 and more (units of 32 outputs, 64 ranks
 /// at a time), else for less (64 outputs, 16 ranks); both take any rank.
-template <typename T, bool kWide>
+template <typename T, bool kWide, int kRows>
 struct NarrowExpand {
   static constexpr int kOutputs = kWide ? 32 : 64;
   static constexpr int kHalves = kOutputs / 32;
+  static constexpr int kEights = kRows / 8;
 
   const LinearSlice& slice;
   int unit;
   const T* b;                // of the unit's output g % 2
   const T* b_half[kHalves];  // of this lane's first output of the first or second 32
-  T* y;
+  T* y[kEights];             // rows g and g + 8
   float acc[kHalves * 4][4];
-  uint4 b_frag[8], y_frag[kHalves];
+  uint4 b_frag[8], y_frag[kEights][kHalves];
   uint32_t v_frag[4];  // up to 16 ranks: from outside, or from shared memory
 
   __device__ __forceinline__ explicit NarrowExpand(const LinearSlice& of) : slice(of) {}
 
-  __device__ __forceinline__ void begin(const LinearTask& task, int first_unit, int64_t row, int64_t b_offset,
-                                        int b_stride) {
+  __device__ __forceinline__ void begin(const LinearTask& task, const NarrowJob<kRows>& job, int first_unit,
+                                        int64_t b_offset, int b_stride) {
     const int g = threadIdx.x % 32 / 4;
     unit = first_unit;
     b = static_cast<const T*>(slice.b) + b_offset + (unit * kOutputs + g % 2) * int64_t{b_stride};
-    y = static_cast<T*>(task.y) + row * task.y_stride + slice.col + unit * kOutputs + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) {
+      const int64_t row = job.row(task, g + 8 * i);
+      y[i] = static_cast<T*>(task.y) + row * task.y_stride + slice.col + unit * kOutputs + threadIdx.x % 4 * 8;
+    }
     set_halves(b_stride);
   }
   __device__ __forceinline__ void next(int units, int b_stride) {
     unit += units;
     b += units * kOutputs * int64_t{b_stride};
-    y += units * kOutputs;
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) y[i] += units * kOutputs;
     set_halves(b_stride);
     clear_sums();
   }
@@ -206,29 +243,31 @@ struct NarrowExpand {
 #pragma unroll
     for (int i = 0; i < 8; ++i) b_frag[i] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < kHalves; ++i) y_frag[i] = {0, 0, 0, 0};
+    for (int i = 0; i < kEights * kHalves; ++i) y_frag[i / kHalves][i % kHalves] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < 4; ++i) v_frag[i] = 0;
   }
 
   /// In place of y: -0, so that the delta alone comes out, and -0 where a scale of -0 says that there is none.
   __device__ __forceinline__ void start_from_nothing() {
-    constexpr uint32_t kMinusZeros = 0x80008000u;
+    const uint4 minus_zeros{0x80008000u, 0x80008000u, 0x80008000u, 0x80008000u};
 #pragma unroll
-    for (int i = 0; i < kHalves; ++i) y_frag[i] = {kMinusZeros, kMinusZeros, kMinusZeros, kMinusZeros};
+    for (int i = 0; i < kEights * kHalves; ++i) y_frag[i / kHalves][i % kHalves] = minus_zeros;
   }
 
   __device__ __forceinline__ static bool is_wide(int r, int rank, int alignment) {
     return kWide && r + 32 <= rank && (alignment & 7) == 0;
   }
 
-  /// B of ranks r on, and y with the first. alignment: offset and stride of B, or-ed.
-  __device__ __forceinline__ void load(int r, int rank, bool has_row, int b_stride, int alignment) {
+  /// B of ranks r on, and y with the first. has: bit i says that row g + 8i is read and written. alignment: offset and
+  /// stride of B, or-ed.
+  __device__ __forceinline__ void load(int r, int rank, uint32_t has, int b_stride, int alignment) {
     const int t = threadIdx.x % 4;
     if (r == 0) {
 #pragma unroll
-      for (int i = 0; i < kHalves; ++i) {
-        if (has_piece(i, has_row)) y_frag[i] = ptx::load16(y + i * 32);
+      for (int i = 0; i < kEights * kHalves; ++i) {
+        const int eight = i / kHalves, half = i % kHalves;
+        if (has_piece(half, eight, has)) y_frag[eight][half] = ptx::load16(y[eight] + half * 32);
       }
     }
     const auto b_row = [&](int j) { return b_half[j / 4 % kHalves] + int64_t{j % 4 * 2} * b_stride; };
@@ -257,15 +296,18 @@ struct NarrowExpand {
     }
   }
 
-  /// What load brought. `v`: of row g in shared memory; null: v_frag holds it. Returns the next rank.
-  __device__ __forceinline__ int multiply(int r, int rank, int alignment, const T* v) {
+  /// What load brought. `v`: of row g in shared memory, `pitch` before the next; null: v_frag holds it. Returns the
+  /// next rank.
+  __device__ __forceinline__ int multiply(int r, int rank, int alignment, const T* v, int pitch) {
     const int t = threadIdx.x % 4;
     if (is_wide(r, rank, alignment)) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i == 1 && !is_wide(r, rank, alignment)) break;
         const uint4 low = *reinterpret_cast<const uint4*>(v + r + 8 * t);
-        const Rows32 rows_of_v(low, {0, 0, 0, 0});
+        uint4 high{0, 0, 0, 0};
+        if (kEights == 2) high = *reinterpret_cast<const uint4*>(v + 8 * pitch + r + 8 * t);
+        const Rows32 rows_of_v(low, high);
 #pragma unroll
         for (int j = 0; j < kHalves * 4; ++j) mma_32<T>(acc[j], rows_of_v, b_frag[4 * i % 8 + j]);
         r += 32;
@@ -276,6 +318,11 @@ struct NarrowExpand {
       const uint2 low = *reinterpret_cast<const uint2*>(v + r + 4 * t);
       v_frag[0] = low.x;
       v_frag[2] = low.y;
+      if (kEights == 2) {
+        const uint2 high = *reinterpret_cast<const uint2*>(v + 8 * pitch + r + 4 * t);
+        v_frag[1] = high.x;
+        v_frag[3] = high.y;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kHalves * 4; ++j) {
@@ -285,21 +332,22 @@ struct NarrowExpand {
     return r + 16;
   }
 
-  __device__ __forceinline__ void store(float scale, bool has_row) const {
+  __device__ __forceinline__ void store(float scale, uint32_t has) const {
 #pragma unroll
-    for (int i = 0; i < kHalves; ++i) {
-      if (!has_piece(i, has_row)) continue;
+    for (int i = 0; i < kEights * kHalves; ++i) {
+      const int eight = i / kHalves, half = i % kHalves;
+      if (!has_piece(half, eight, has)) continue;
       float delta[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) delta[j] = acc[i * 4 + j / 2][j % 2];
-      ptx::store16(y + i * 32, add_scaled<T>(y_frag[i], scale, delta));
+      for (int j = 0; j < 8; ++j) delta[j] = acc[half * 4 + j / 2][2 * eight + j % 2];
+      ptx::store16(y[eight] + half * 32, add_scaled<T>(y_frag[eight][half], scale, delta));
     }
   }
 
  private:
-  // of this lane's y: the first or second 32 outputs
-  __device__ __forceinline__ bool has_piece(int i, bool has_row) const {
-    return has_row && unit * kOutputs + i * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;
+  // of this lane's y: the first or second 32 outputs of row g or g + 8
+  __device__ __forceinline__ bool has_piece(int half, int eight, uint32_t has) const {
+    return (has >> eight & 1) != 0 && unit * kOutputs + half * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;
   }
   // output 8 * (g / 2) + 2j + g % 2 of 32 is row g of mma j; beyond the width: of the unit's first 8
   __device__ __forceinline__ void set_halves(int b_stride) {
@@ -317,8 +365,12 @@ struct NarrowExpand {
 };
 
 /// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on.
+/// Devices before 9.0 cannot.
 template <typename T>
 __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank, int outputs) {
+#if POLYLORA_HAS_CLUSTERS
+  constexpr int kMostElements = 48 * 1024;  // of all blocks together, little beside what L2 holds
+  outputs = min(outputs, kMostElements / rank);
   if (outputs <= 0 || (reinterpret_cast<uintptr_t>(from) & 15) != 0 || b_stride % 8 != 0) return;
   const int threads = static_cast<int>(blockDim.x);
   if (b_stride <= rank + 8) {  // rows close together: in pieces of 1 KiB
@@ -332,6 +384,7 @@ __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank
     for (int i = threadIdx.x; i < outputs; i += threads)
       ptx::prefetch_bulk(from + int64_t{i} * b_stride, rank / 8 * 16);
   }
+#endif
 }
 
 // ---- host
@@ -342,6 +395,18 @@ inline int64_t narrow_jobs(const LoraParams& p) {
   if (p.plan.runs == Runs::kShort) return runs;
   return runs > p.rows / kTileRows ? runs : p.rows / kTileRows;
 }
+
+/// Jobs in a grid, of which they are the last dimension: a batch has fewer tiles than the plan has room for, and blocks
+/// without one shall not stand before others.
+inline unsigned narrow_grid_jobs(const LinearTask& task) {
+  constexpr int kMostBlocksZ = 65535;
+  return static_cast<unsigned>(task.max_tiles < kMostBlocksZ ? task.max_tiles : kMostBlocksZ);
+}
+
+/// Rows of a job of the two launches: 16, all of a tile, where the capacities say that most runs have more than 8 rows.
+/// For fewer, kernels made for 8 rows are a little faster. H200, 32 adapters r64, 64 rows of qkv, 8 and 16: 26.8, 27.5
+/// us; 8 adapters r16, 128 rows: qkv 8.7, 8.1, gate_up 14.8, 12.0; 256 rows of qkv 19.1, 9.0.
+inline int narrow_job_rows(const LoraParams& p) { return p.rows > p.slices.groups * 8 ? 16 : 8; }
 
 /// Bytes of A and B that these read, with an even share of v for each slice.
 inline int64_t decode_weight_bytes(const LoraParams& p) {

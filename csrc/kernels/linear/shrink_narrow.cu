@@ -1,5 +1,5 @@
-// shrink for decode, sm_80 and later, before expand_narrow.cu: planes of v = x A^T for up to 8 rows of one group and
-// one slice. A block takes a part of K; its warps share ranks first, then K. Each block writes its sums to a plane.
+// shrink for decode, sm_80 and later, before expand_narrow.cu: planes of v = x A^T for up to 8 or 16 rows of one group
+// and one slice. A block takes a part of K; its warps share ranks first, then K. Each block writes its sums to a plane.
 //
 // Where blocks can store into each other's memory, linear_cluster.cu does both halves in one launch.
 #include "linear/narrow.cuh"
@@ -11,16 +11,16 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kStepUnits = 4;  // units of K in flight
 
-template <typename T>
+template <typename T, int kRows>
 __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_constant__ LinearTask task) {
-  float* partial = reinterpret_cast<float*>(ptx::dynamic_smem());  // [k_split][kJobRows][pitch]
+  float* partial = reinterpret_cast<float*>(ptx::dynamic_smem());  // [k_split][kRows][pitch]
   const int pitch = task.rank_cap + 8;                             // rows that a warp touches lie in different banks
   const LinearSlice& slice = task.slice[blockIdx.y];
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
   const int units = task.k / kUnitK;
-  const Part k_block = {units * static_cast<int>(blockIdx.z) / task.planes,
-                        units * (static_cast<int>(blockIdx.z) + 1) / task.planes};
+  const Part k_block = {units * static_cast<int>(blockIdx.x) / task.planes,
+                        units * (static_cast<int>(blockIdx.x) + 1) / task.planes};
   const int split = warp & ((1 << task.k_split_log2) - 1);
   Part k = part_of(k_block.end - k_block.begin, split, task.k_split_log2);
   k = {k_block.begin + k.begin, k_block.begin + k.end};
@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
 
   ptx::wait_for_previous_grid();
   ptx::launch_next_grid();  // after the wait: what the kernel before wrote may be read by the next without one
-  NarrowJob job;
+  NarrowJob<kRows> job;
 #pragma unroll 1
-  for (int index = blockIdx.x;; index += gridDim.x) {
+  for (int index = blockIdx.z;; index += gridDim.z) {
     job.read(task, index, blockIdx.y);
     if (index >= job.jobs(task)) break;
     const int rows = job.rows(index);
@@ -40,9 +40,10 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
       continue;
     }
     const int rank = entry.rank;
-    NarrowShrink<T, kStepUnits> shrink;
+    const uint32_t has = job.has(index);
+    NarrowShrink<T, kStepUnits, kRows> shrink;
     shrink.clear();
-    shrink.x = static_cast<const T*>(task.x) + int64_t{job.row(task, g)} * task.x_stride + threadIdx.x % 4 * 8;
+    shrink.set_rows(task, job, rows);
 #pragma unroll 1
     for (int r = first_rank; r < rank; r += (kWarps >> task.k_split_log2) * kRankTile) {
       shrink.set_ranks(slice, entry.a_row, r, rank);
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
         shrink.load(u, k.end);
         shrink.multiply(u, k.end);
       }
-      shrink.store(partial + (split * kJobRows + g) * pitch + r, r, rank, g < rows);
+      shrink.store(partial + (split * kRows + g) * pitch + r, pitch, r, rank, has);
     }
     __syncthreads();
     const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
@@ -61,10 +62,10 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
       const int row = i / quads_a_row;
       const int quad = i - row * quads_a_row;
       const auto* from = reinterpret_cast<const float4*>(partial + row * pitch) + quad;
-      float* to = task.plane + blockIdx.z * task.plane_elements +
+      float* to = task.plane + blockIdx.x * task.plane_elements +
                   int64_t{min(first + row, task.plane_rows - 1)} * task.plane_width +
                   static_cast<int>(blockIdx.y) * task.rank_cap + 4 * quad;
-      *reinterpret_cast<float4*>(to) = add_quads(from, kJobRows * pitch / 4, task.k_split_log2);
+      *reinterpret_cast<float4*>(to) = add_quads(from, kRows * pitch / 4, task.k_split_log2);
     }
     __syncthreads();  // before the next job's sums
   }
@@ -97,13 +98,16 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   task.k_split_log2 = k_split_log2_of(even_rank(p), kWarps);
   LaunchShape shape;
-  shape.grid =
-      dim3(static_cast<unsigned>(task.max_tiles), static_cast<unsigned>(p.slices.count), static_cast<unsigned>(planes));
+  shape.grid = dim3(static_cast<unsigned>(planes), static_cast<unsigned>(p.slices.count), narrow_grid_jobs(task));
   shape.threads = kWarps * 32;
-  shape.smem_bytes = (int64_t{4} << task.k_split_log2) * kJobRows * (task.rank_cap + 8);
+  shape.smem_bytes = (int64_t{4} << task.k_split_log2) * narrow_job_rows(p) * (task.rank_cap + 8);
   shape.overlap = true;
-  return p.dtype == DType::kBFloat16 ? launch<&shrink_narrow<__nv_bfloat16>>(device, shape, task, stream)
-                                     : launch<&shrink_narrow<__half>>(device, shape, task, stream);
+  const auto by_rows = [&](auto element) {
+    using T = decltype(element);
+    return narrow_job_rows(p) == 16 ? launch<&shrink_narrow<T, 16>>(device, shape, task, stream)
+                                    : launch<&shrink_narrow<T, 8>>(device, shape, task, stream);
+  };
+  return p.dtype == DType::kBFloat16 ? by_rows(__nv_bfloat16{}) : by_rows(__half{});
 }
 
 }  // namespace polylora::cuda
