@@ -123,9 +123,11 @@ void deltas_by_shape() {
 
 void linear_by_rows() {
   Call few(64, 64, {64, 32}), full(64, 64, {64, 32}, 4), each(128, 64, {64, 32}, 64), fewer(48, 64, {64, 32}, 3);
+  Call mixed(2048, 64, {64, 32}, 64);
   expect("64 rows of 8 groups", linear(few), "1");
   expect("64 rows of 4 groups, whose tiles are full", linear(full), "2");
   expect("48 rows of 3 groups", linear(fewer), "1");
+  expect("2048 rows of 64 groups, whose short runs are decode's", linear(mixed), "2");
   expect("128 rows of 64 groups", linear(each), "1");
   expect("64 rows of 4 groups, cluster forced", linear(full, "cluster"), "1");
 }

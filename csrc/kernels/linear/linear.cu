@@ -64,7 +64,8 @@ bool splits_runs(const LoraParams& params, Path path) {
 cudaError_t choose_linear(const LoraParams& params, Path& path) {
   const bool cluster = is_few(params) && cluster_path_serves(params);
   const bool wide = wide_shrink_serves(params) && wide_expand_serves(params);
-  const bool full_tiles = params.rows >= kFullTilesRows && params.rows >= params.slices.groups * int64_t{kTileRows};
+  const bool full_tiles = params.plan.runs == Runs::kAll && params.rows >= kFullTilesRows &&
+                          params.rows >= params.slices.groups * int64_t{kTileRows};
   const bool heavy =
       cluster && narrow_shrink_serves(params) && (decode_weight_bytes(params) >= kHeavyBytes || full_tiles);
   return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path, heavy ? Path::kMma : Path::kCluster);

@@ -406,7 +406,10 @@ inline unsigned narrow_grid_jobs(const LinearTask& task) {
 /// Rows of a job of the two launches: 16, all of a tile, where the capacities say that most runs have more than 8 rows.
 /// For fewer, kernels made for 8 rows are a little faster. H200, 32 adapters r64, 64 rows of qkv, 8 and 16: 26.8, 27.5
 /// us; 8 adapters r16, 128 rows: qkv 8.7, 8.1, gate_up 14.8, 12.0; 256 rows of qkv 19.1, 9.0.
-inline int narrow_job_rows(const LoraParams& p) { return p.rows > p.slices.groups * 8 ? 16 : 8; }
+/// The short runs of a longer batch are those of decode, most of them of few rows.
+inline int narrow_job_rows(const LoraParams& p) {
+  return p.plan.runs == Runs::kAll && p.rows > p.slices.groups * 8 ? 16 : 8;
+}
 
 /// Bytes of A and B that these read, with an even share of v for each slice.
 inline int64_t decode_weight_bytes(const LoraParams& p) {
