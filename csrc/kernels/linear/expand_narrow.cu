@@ -53,11 +53,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     const int rank = index < jobs && rows > 0 && fits ? entry.rank : 0;
     uint32_t has = job.has(index);
     const int alignment = static_cast<int>(entry.b_offset) | entry.b_stride;
-    if (rank > 0) {  // what the warps take after their first unit, towards L2
-      const int first = (n.begin + kWarps) * Expand::kOutputs;
-      prefetch_b(static_cast<const T*>(slice.b) + entry.b_offset + int64_t{first} * entry.b_stride, entry.b_stride,
-                 rank, min(n.end * Expand::kOutputs, slice.width) - first);
-    }
     if (guess) {
       waited = true;
       ptx::wait_for_previous_grid();
@@ -69,6 +64,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     expand.begin(task, job, n.begin + warp, entry.b_offset, entry.b_stride);
     const uint32_t reads = task.sets_y ? 0 : ~0u;  // y, of the rows
     if (rank > 0 && expand.unit < n.end) expand.load(0, rank, has & reads, entry.b_stride, alignment);
+    if (rank > 0 && are_close(entry.b_stride, rank)) {  // what the warps take next, towards L2; row by row is too slow
+      const int first = (n.begin + kWarps) * Expand::kOutputs;
+      prefetch_b(static_cast<const T*>(slice.b) + entry.b_offset + int64_t{first} * entry.b_stride, entry.b_stride,
+                 rank, min(n.end * Expand::kOutputs, slice.width) - first);
+    }
     if (guess) {
       guess = false;
       if (__any_sync(0xffffffffu, now != job.word)) {  // all warps end with what is there now: no barrier is needed

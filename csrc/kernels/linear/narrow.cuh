@@ -364,25 +364,28 @@ struct NarrowExpand {
   }
 };
 
-/// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on.
-/// Devices before 9.0 cannot.
+/// Whether rows of B lie so close together that what is between them is little.
+__device__ __forceinline__ bool are_close(int b_stride, int rank) { return b_stride <= rank + 8; }
+
+/// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on. A
+/// prefetch takes a lane at a time, so its pieces are dealt to the warps in turn. Devices before 9.0 cannot.
 template <typename T>
 __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank, int outputs) {
 #if POLYLORA_HAS_CLUSTERS
-  constexpr int kMostElements = 48 * 1024;  // of all blocks together, little beside what L2 holds
-  outputs = min(outputs, kMostElements / rank);
+  constexpr uint32_t kMostElements = 48 * 1024;  // of all blocks together, little beside what L2 holds
   if (outputs <= 0 || (reinterpret_cast<uintptr_t>(from) & 15) != 0 || b_stride % 8 != 0) return;
+  outputs = min(outputs, static_cast<int>(kMostElements / static_cast<uint32_t>(rank)));
   const int threads = static_cast<int>(blockDim.x);
-  if (b_stride <= rank + 8) {  // rows close together: in pieces of 1 KiB
+  const int mine = static_cast<int>(threadIdx.x % 32 * (blockDim.x / 32) + threadIdx.x / 32);
+  if (are_close(b_stride, rank)) {  // in pieces of 1 KiB
     const int all = ((outputs - 1) * b_stride + rank) * 2 & ~15;
 #pragma unroll 1
-    for (int i = threadIdx.x * 1024; i < all; i += threads * 1024) {
+    for (int i = mine * 1024; i < all; i += threads * 1024) {
       ptx::prefetch_bulk(reinterpret_cast<const char*>(from) + i, min(all - i, 1024));
     }
   } else if (rank >= 8) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < outputs; i += threads)
-      ptx::prefetch_bulk(from + int64_t{i} * b_stride, rank / 8 * 16);
+    for (int i = mine; i < outputs; i += threads) ptx::prefetch_bulk(from + int64_t{i} * b_stride, rank / 8 * 16);
   }
 #endif
 }
