@@ -42,4 +42,10 @@ cudaError_t dispatch_dtype(DType dtype, const Launch& launch) {
   return cudaErrorInvalidValue;
 }
 
+/// The same of kernels for 16-bit elements alone, whose callers have looked.
+template <typename Launch>
+cudaError_t dispatch_16_bit(DType dtype, const Launch& launch) {
+  return dtype == DType::kBFloat16 ? launch(__nv_bfloat16{}) : launch(__half{});
+}
+
 }  // namespace polylora::cuda

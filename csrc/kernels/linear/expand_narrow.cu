@@ -157,7 +157,7 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   shape.threads = kThreads;
   shape.smem_bytes = narrow_job_rows(p) * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;
-  const auto by_shape = [&](auto element) {
+  return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (narrow_job_rows(p) == 16) {
       return wide ? launch<&expand_narrow<T, true, 16>>(device, shape, params, stream)
@@ -165,8 +165,7 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
     }
     return wide ? launch<&expand_narrow<T, true, 8>>(device, shape, params, stream)
                 : launch<&expand_narrow<T, false, 8>>(device, shape, params, stream);
-  };
-  return p.dtype == DType::kBFloat16 ? by_shape(__nv_bfloat16{}) : by_shape(__half{});
+  });
 }
 
 }  // namespace

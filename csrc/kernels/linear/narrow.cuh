@@ -402,8 +402,8 @@ inline int64_t narrow_jobs(const LoraParams& p) {
 /// Jobs in a grid, of which they are the last dimension: a batch has fewer tiles than the plan has room for, and blocks
 /// without one shall not stand before others.
 inline unsigned narrow_grid_jobs(const LinearTask& task) {
-  constexpr int kMostBlocksZ = 65535;
-  return static_cast<unsigned>(task.max_tiles < kMostBlocksZ ? task.max_tiles : kMostBlocksZ);
+  constexpr int64_t kMostBlocksZ = 65535;
+  return static_cast<unsigned>(min64(task.max_tiles, kMostBlocksZ));
 }
 
 /// Rows of a job of the two launches: 16, all of a tile, where the capacities say that most runs have more than 8 rows.

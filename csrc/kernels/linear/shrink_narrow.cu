@@ -102,12 +102,11 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   shape.threads = kWarps * 32;
   shape.smem_bytes = (int64_t{4} << task.k_split_log2) * narrow_job_rows(p) * (task.rank_cap + 8);
   shape.overlap = true;
-  const auto by_rows = [&](auto element) {
+  return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
     return narrow_job_rows(p) == 16 ? launch<&shrink_narrow<T, 16>>(device, shape, task, stream)
                                     : launch<&shrink_narrow<T, 8>>(device, shape, task, stream);
-  };
-  return p.dtype == DType::kBFloat16 ? by_rows(__nv_bfloat16{}) : by_rows(__half{});
+  });
 }
 
 }  // namespace polylora::cuda

@@ -1,6 +1,7 @@
 // What the fast kernels of linear are told, and what they share: 16-bit elements, 16-byte aligned rows.
 #pragma once
 
+#include "common/dtype.cuh"
 #include "common/fragments.cuh"
 #include "common/launch.cuh"
 #include "polylora/params.h"

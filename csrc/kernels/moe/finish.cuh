@@ -1,6 +1,8 @@
 // What the kernels of expand for MoE share: v of a unit, and what becomes of its outputs.
 #pragma once
 
+#include <type_traits>
+
 #include "common/rows.cuh"
 #include "moe/activate.cuh"
 #include "moe/stream.cuh"
@@ -321,6 +323,15 @@ inline LaunchShape spread_expand(const LoraParams& p, int blocks, int group_outp
   // rows without an adapter want blocks, too
   const int64_t base_blocks = base_rows ? divide_up(p.rows * groups, kGroupsOfBaseRows * s.parts) : 0;
   return stream_shape(blocks, s.max_tiles > base_blocks ? s.max_tiles : base_blocks, s.parts);
+}
+
+/// Calls launch(T{}, slices) with the type of the call's elements and, as a type of its own, 1 or 2 for its slices.
+template <typename Launch>
+cudaError_t dispatch_expand(const LoraParams& p, const Launch& launch) {
+  return dispatch_16_bit(p.dtype, [&](auto element) {
+    return p.slices.count == 2 ? launch(element, std::integral_constant<int, 2>{})
+                               : launch(element, std::integral_constant<int, 1>{});
+  });
 }
 
 }  // namespace polylora::cuda

@@ -285,13 +285,9 @@ cudaError_t launch_expand(const LoraParams& p, ExpandTask task, int most_blocks,
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   to_wide_tiles(p, task);
-  const bool bf16 = p.dtype == DType::kBFloat16;
-  if (p.slices.count == 2) {
-    return bf16 ? launch_expand<__nv_bfloat16, kFinish, 2>(p, device, task, most_blocks, stream)
-                : launch_expand<__half, kFinish, 2>(p, device, task, most_blocks, stream);
-  }
-  return bf16 ? launch_expand<__nv_bfloat16, kFinish, 1>(p, device, task, most_blocks, stream)
-              : launch_expand<__half, kFinish, 1>(p, device, task, most_blocks, stream);
+  return dispatch_expand(p, [&](auto element, auto slices) {
+    return launch_expand<decltype(element), kFinish, decltype(slices)::value>(p, device, task, most_blocks, stream);
+  });
 }
 
 }  // namespace
