@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   bool waited = false;
 #pragma unroll 1
   while (true) {
-    const int jobs = job.jobs(task);
+    const int jobs = job.jobs;
     const int rows = job.rows(index);
     const SliceEntry entry = job.entry();
     const int a_rows = task.a_rows_used > 0 ? task.a_rows_used : entry.rank;

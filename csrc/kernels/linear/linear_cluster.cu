@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const
   int quads_a_row, quads;  // of v
   uint32_t quads_inverse;  // 2^32 / quads_a_row, rounded up
   const auto prepare = [&] {
-    jobs = job.jobs(task);
+    jobs = job.jobs;
     rows = job.rows(index);
     const SliceEntry entry = job.entry();
     const bool fits = entry_fits(entry, entry.rank, slice.a_rows, slice.width, slice.b_elements, task.v_width) &&

@@ -27,8 +27,10 @@ struct NarrowJob {
   static_assert(kTileRows == 16 && (kRows == 8 || kRows == 16));
   const int32_t* at;
   int32_t word;
+  int jobs;  // of the whole grid
 
-  // Whatever stands in memory, nothing outside plan and table is read.
+  // Whatever stands in memory, nothing outside plan and table is read. Where the plan has no such job, only its words are
+  // there: a batch without adapters ends a latency earlier.
   __device__ __forceinline__ void read(const LinearTask& task, int index, int slice) {
     const int lane = threadIdx.x % 32;
     static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2);
@@ -45,21 +47,20 @@ struct NarrowJob {
         lane < 16
             ? reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices + slice) + min(lane & 7, 6)
             : task.order + min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1));
-    if (lane >= 8 && lane < 16 + kRows) {
-      at = second;
-      word = ptx::load_fresh4(at);
-    }
+    const bool has_second = lane >= 8 && lane < 16 + kRows;
+    int32_t second_word = 0;  // on its way while the plan's words are looked at
+    if (has_second) second_word = ptx::load_fresh4(second);
+    const bool fits = get(0) == kPlanVersionValue && get(1) == task.rows && get(2) == task.groups;
+    jobs = fits ? min(get(3), task.max_tiles) << two_a_tile() : 0;
+    if (index >= jobs) return;
+    at = has_second ? second : at;
+    word = has_second ? second_word : word;
   }
   __device__ __forceinline__ int32_t get(int lane) const { return __shfl_sync(0xffffffffu, word, lane); }
   __device__ __forceinline__ bool two_a_tile() const { return kRows == 8 && get(7) > kRows; }
   __device__ __forceinline__ int first_row(int index) const { return two_a_tile() ? index % 2 * kRows : 0; }
   __device__ __forceinline__ int tile_lane() const { return two_a_tile() ? 24 : 4; }
 
-  // Of the whole grid.
-  __device__ __forceinline__ int jobs(const LinearTask& task) const {
-    const bool fits = get(0) == kPlanVersionValue && get(1) == task.rows && get(2) == task.groups;
-    return fits ? min(get(3), task.max_tiles) << two_a_tile() : 0;
-  }
   // 0 where a tile has no second half.
   __device__ __forceinline__ int rows(int index) const {
     return min(max(get(tile_lane() + 2) - first_row(index), 0), kRows);

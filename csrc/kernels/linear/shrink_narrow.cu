@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_con
 #pragma unroll 1
   for (int index = blockIdx.z;; index += gridDim.z) {
     job.read(task, index, blockIdx.y);
-    if (index >= job.jobs(task)) break;
+    if (index >= job.jobs) break;
     const int rows = job.rows(index);
     const SliceEntry entry = job.entry();
     if (rows == 0 || entry.rank > task.rank_cap ||
