@@ -77,7 +77,7 @@ class MoeLora {
   const MoeProblem& problem_;
   const MoeBase* base_;
   Seams seams_;
-  SideStream side_;
+  SideStream side_{SideStream::Order::kFirst};
   DeviceBuffer plan_;       // of the forward at hand
   DeviceBuffer plans_;      // [routings, plan_pitch_], of ops alone
   int64_t plan_pitch_ = 0;  // words

@@ -13,7 +13,7 @@ namespace polylora::bench {
 
 struct Options : CommonOptions {
   Op op = Op::kLinear;
-  std::vector<std::string> baselines;  // naive, cutlass
+  std::vector<std::string> baselines;  // naive, cutlass, beside
   std::string cublas;                  // library to load; empty: the usual names
   bool fp16 = false;                   // else bf16
   bool idle = false;
@@ -50,7 +50,8 @@ against what
     text += "  --baseline naive                times that too\n";
   } else {
     text +=
-        R"(  --baseline naive|cutlass        times that too; repeatable. cutlass: two grouped GEMMs, rows sorted by adapter
+        R"(  --baseline naive|cutlass|beside times that too; repeatable. cutlass: two grouped GEMMs, rows sorted by adapter;
+                                    beside, with --chain: deltas on another stream while the GEMM runs, then their sum
   --chain                         what the op adds to a chain of cuBLAS GEMMs, each followed by it
   --cublas FILE                   the cuBLAS to load (default: libcublas.so.13, .so.12, .so)
 )";
@@ -74,7 +75,7 @@ inline Options parse_options(const std::vector<std::string>& words, bool embeddi
         if (name == op_name(op)) options.op = op;
       }
     } else if (arguments.is("--baseline")) {
-      options.baselines.push_back(arguments.one_of(embedding ? Names{"naive"} : Names{"naive", "cutlass"}));
+      options.baselines.push_back(arguments.one_of(embedding ? Names{"naive"} : Names{"naive", "cutlass", "beside"}));
     } else if (arguments.is("--dtype")) {
       options.fp16 = arguments.one_of({"bf16", "fp16"}) == "fp16";
     } else if (arguments.is("--cublas") && !embedding) {
@@ -97,6 +98,7 @@ inline Options parse_options(const std::vector<std::string>& words, bool embeddi
     if (baseline == "cutlass" && options.fp16) {
       throw UsageError("--baseline cutlass is for bf16 linears");
     }
+    if (baseline == "beside" && !options.chain) throw UsageError("--baseline beside is for --chain");
   }
   if (options.idle && (options.chain || options.op == Op::kPlan)) {
     throw UsageError("--idle goes with neither --chain nor --op plan");

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "beside.h"
 #include "chain.h"
 #include "grouped_baseline.h"
 #include "grouped_gemm.h"
@@ -69,6 +70,11 @@ class Runner {
           cutlass.run(call, stream);
           return cudaSuccess;
         });
+      } else if (name == "beside") {
+        const Beside beside(problem);
+        measure(
+            problem, name, [&](int64_t call, cudaStream_t stream) { return beside.run(call, stream); },
+            [&](int64_t call, cudaStream_t stream, const auto& gemm) { beside.run_beside(call, stream, gemm); });
       } else {
         const NaiveBaseline naive(problem);
         measure(problem, name, [&](int64_t call, cudaStream_t stream) { return naive.run(call, stream); });
@@ -87,7 +93,9 @@ class Runner {
     check_context();
   }
 
-  void measure(Problem& problem, const std::string& path, const Implementation& run) {
+  // `layer`: of a chain; without one the op comes after the GEMM.
+  void measure(Problem& problem, const std::string& path, const Implementation& run, Layer layer = nullptr) {
+    if (!layer) layer = after_gemm(run);
     const Case& c = problem.shape();
     const TimingOptions timing{options_.reps, options_.min_ms};
     problem.reset(stream_);
@@ -95,7 +103,7 @@ class Runner {
     std::unique_ptr<Chain> chain;
     if (verdict.failure.empty() && options_.chain) {
       chain = std::make_unique<Chain>(problem, *cublas_, device_, stream_);
-      verdict = chain->verify_chain(run, stream_);
+      verdict = chain->verify_chain(layer, stream_);
     }
     if (!verdict.failure.empty()) {  // a wrong result has no speed
       all_right_ = false;
@@ -107,7 +115,7 @@ class Runner {
     row.error = verdict.error;
     row.cold = problem.cold();
     if (chain) {
-      const AddedTiming t = chain->time(run, timing, stream_);
+      const AddedTiming t = chain->time(layer, timing, stream_);
       row.base_us = t.base;
       row.timing = t.added;
     } else {

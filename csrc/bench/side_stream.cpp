@@ -4,11 +4,12 @@
 
 namespace polylora::bench {
 
-SideStream::SideStream() {
+SideStream::SideStream(Order order) {
   int least = 0;
   int greatest = 0;
   check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "priorities of streams");
-  check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
+  const int priority = order == Order::kFirst ? greatest : 0;  // 0: of streams that were given none
+  check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority), "cudaStreamCreate");
   for (cudaEvent_t* event : {&forked_, &joined_}) {
     check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreate");
   }

@@ -7,8 +7,10 @@ namespace polylora::bench {
 
 class SideStream {
  public:
-  /// Of the highest priority: its blocks are few, and would come after the last wave of those beside them.
-  SideStream();
+  /// kFirst: of the highest priority, for few blocks, which would come after the last wave of those beside them.
+  enum class Order { kAlike, kFirst };
+
+  explicit SideStream(Order order);
   SideStream(const SideStream&) = delete;
   SideStream& operator=(const SideStream&) = delete;
   ~SideStream();

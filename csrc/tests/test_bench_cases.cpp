@@ -295,6 +295,8 @@ void test_options() {
                                      {"--path", "fast"},
                                      {"--baseline", "torch"},
                                      {"--baseline", "cutlass", "--dtype", "fp16"},
+                                     {"--baseline", "beside"},
+                                     {"--baseline", "beside", "--chain", "--op", "expand"},
                                      {"--op", "plan", "--idle"},
                                      {"--op", "shrink", "--chain"},
                                      {"--op", "shrink", "--baseline", "naive"},
