@@ -153,7 +153,8 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   const int64_t parts = min64(divide_up(units, kWarps), fit);
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
-  shape.grid = dim3(task.first_part[task.slices], 1, narrow_grid_jobs(task));
+  const int32_t all_parts = task.first_part[task.slices];
+  shape.grid = dim3(all_parts, 1, narrow_grid_jobs(task, kBlocksPerSm * device.sms, all_parts));
   shape.threads = kThreads;
   shape.smem_bytes = narrow_job_rows(p) * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;

@@ -27,7 +27,8 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int kRows = 8;              // of a cluster
+constexpr int kRows = 8;  // of a cluster
+constexpr int kWarpsPerSm = 16;
 constexpr int kMostSmem = 64 * 1024;  // more than any call takes
 constexpr int kFewQuads = 64;         // quads of v up to which every block adds all of them
 
@@ -46,7 +47,8 @@ struct ClusterTask {
 };
 
 template <typename T, bool kWide, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) linear_cluster(const __grid_constant__ ClusterTask params) {
+__global__ void __launch_bounds__(kWarps * 32, kWarpsPerSm / kWarps)
+    linear_cluster(const __grid_constant__ ClusterTask params) {
 #if POLYLORA_HAS_CLUSTERS
   const LinearTask& task = params.linear;
   const ClusterSmem& at = params.smem;
@@ -365,11 +367,10 @@ cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
   LinearTask& task = how.params.linear;
   task.holds_next = p.plan.runs == Runs::kShort;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
-  const int64_t most = 4 * device.sms / (p.slices.count << task.blocks_log2);
   LaunchShape shape;
-  // jobs come last: a batch has fewer than the plan has room for, and blocks without one shall not stand before others
-  shape.grid = dim3(1u << (task.blocks_log2 + task.parts_log2), static_cast<unsigned>(p.slices.count),
-                    static_cast<unsigned>(min64(task.max_tiles, most > 1 ? most : 1)));
+  const int64_t blocks = int64_t{1} << (task.blocks_log2 + task.parts_log2);  // of a job and slice
+  shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.slices.count),
+                    narrow_grid_jobs(task, kWarpsPerSm / how.warps * int64_t{device.sms}, blocks * p.slices.count));
   shape.threads = how.warps * 32;
   shape.smem_bytes = how.params.smem.bytes;
   shape.cluster = 1 << task.blocks_log2;

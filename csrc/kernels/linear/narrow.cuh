@@ -29,8 +29,8 @@ struct NarrowJob {
   int32_t word;
   int jobs;  // of the whole grid
 
-  // Whatever stands in memory, nothing outside plan and table is read. Where the plan has no such job, only its words are
-  // there: a batch without adapters ends a latency earlier.
+  // Whatever stands in memory, nothing outside plan and table is read. Where the plan has no such job, only its words
+  // are there: a batch without adapters ends a latency earlier.
   __device__ __forceinline__ void read(const LinearTask& task, int index, int slice) {
     const int lane = threadIdx.x % 32;
     static_assert(kPlanVersion == 0 && kPlanRows == 1 && kPlanGroups == 2);
@@ -401,10 +401,12 @@ inline int64_t narrow_jobs(const LoraParams& p) {
 }
 
 /// Jobs in a grid, of which they are the last dimension: a batch has fewer tiles than the plan has room for, and blocks
-/// without one shall not stand before others.
-inline unsigned narrow_grid_jobs(const LinearTask& task) {
+/// without one shall not stand before others. No more than run at once, of `blocks` that do and `each` that share a
+/// job: blocks take several in turn, and a batch without adapters does not wait for a second wave.
+inline unsigned narrow_grid_jobs(const LinearTask& task, int64_t blocks, int64_t each) {
   constexpr int64_t kMostBlocksZ = 65535;
-  return static_cast<unsigned>(min64(task.max_tiles, kMostBlocksZ));
+  const int64_t at_once = blocks / each;
+  return static_cast<unsigned>(min64(task.max_tiles, min64(at_once < 1 ? 1 : at_once, kMostBlocksZ)));
 }
 
 /// Rows of a job of the two launches: 16, all of a tile, where the capacities say that most runs have more than 8 rows.

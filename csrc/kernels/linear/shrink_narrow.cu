@@ -9,10 +9,11 @@ namespace polylora::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kBlocksPerSm = 2;
 constexpr int kStepUnits = 4;  // units of K in flight
 
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kWarps * 32, 2) shrink_narrow(const __grid_constant__ LinearTask task) {
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) shrink_narrow(const __grid_constant__ LinearTask task) {
   float* partial = reinterpret_cast<float*>(ptx::dynamic_smem());  // [k_split][kRows][pitch]
   const int pitch = task.rank_cap + 8;                             // rows that a warp touches lie in different banks
   const LinearSlice& slice = task.slice[blockIdx.y];
@@ -98,7 +99,8 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   task.k_split_log2 = k_split_log2_of(even_rank(p), kWarps);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(planes), static_cast<unsigned>(p.slices.count), narrow_grid_jobs(task));
+  shape.grid = dim3(static_cast<unsigned>(planes), static_cast<unsigned>(p.slices.count),
+                    narrow_grid_jobs(task, kBlocksPerSm * device.sms, int64_t{planes} * p.slices.count));
   shape.threads = kWarps * 32;
   shape.smem_bytes = (int64_t{4} << task.k_split_log2) * narrow_job_rows(p) * (task.rank_cap + 8);
   shape.overlap = true;
