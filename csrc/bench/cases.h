@@ -45,6 +45,7 @@ struct Case {
   int64_t rows = 0;                         //
   int32_t adapters = 1;                     // distinct ones in the batch, at most rows
   int32_t slots = 1;                        // groups of the plan and the table; those without rows are empty
+  int32_t b_pitch = 0;                      // from a row of B to the next, of a pool with room for more ranks; 0: none
   RowOrder order = RowOrder::kInterleaved;  //
   int64_t vocab = 0;                        // above 0: A is looked up by token id
   bool token_major = false;                 // A is [vocab, rank] instead of [rank, vocab]
@@ -78,6 +79,7 @@ struct Case {
     if (!ranks.empty()) text += " r" + rank_name();
     text += " M" + std::to_string(rows) + " a" + std::to_string(adapters);
     if (slots != adapters) text += " slots" + std::to_string(slots);
+    if (b_pitch > 0) text += " pitch" + std::to_string(b_pitch);
     if (order == RowOrder::kSegments && rows <= kDecodeRows && adapters > 1) text += " sorted";
     if (order == RowOrder::kInterleaved && rows > kDecodeRows && adapters > 1) text += " mixed";
     if (order == RowOrder::kServing && adapters > 1) text += " serving";
@@ -227,8 +229,8 @@ inline int32_t default_adapters(int64_t rows) {
   return static_cast<int32_t>(rows <= kDecodeRows ? std::min<int64_t>(rows, 32) : 4);
 }
 
-/// "k=4096,n=4096+1024+1024,r=16,m=16,a=16" and optionally slots=, order=interleaved|segments|serving, name=; an
-/// embedding has vocab= instead of k= and optionally layout=rank|token; a plan has m=, a= and slots= alone.
+/// "k=4096,n=4096+1024+1024,r=16,m=16,a=16" and optionally slots=, pitch=, order=interleaved|segments|serving,
+/// name=; an embedding has vocab= instead of k= and optionally layout=rank|token; a plan has m=, a= and slots= alone.
 inline Case parse_case(const std::string& text, Op op) {
   Case c;
   c.adapters = c.slots = 0;
@@ -254,6 +256,8 @@ inline Case parse_case(const std::string& text, Op op) {
       c.adapters = static_cast<int32_t>(parse_integer(value, key, 1, 1 << 20));
     } else if (key == "slots") {
       c.slots = static_cast<int32_t>(parse_integer(value, key, 1, 1 << 20));
+    } else if (key == "pitch") {
+      c.b_pitch = static_cast<int32_t>(parse_integer(value, key, 1, 1 << 16));
     } else if (key == "vocab") {
       c.vocab = parse_integer(value, key, 1, INT32_MAX);
     } else if (key == "order" && (value == "interleaved" || value == "segments" || value == "serving")) {
@@ -283,6 +287,9 @@ inline Case parse_case(const std::string& text, Op op) {
   c.adapters = static_cast<int32_t>(std::min<int64_t>(c.adapters, c.rows));
   if (c.slots == 0) c.slots = c.adapters;
   if (c.slots < c.adapters) throw UsageError("case '" + text + "' has fewer slots than adapters");
+  if (c.b_pitch > 0 && (c.b_pitch % 8 != 0 || c.ranks.empty() || c.b_pitch < c.max_rank())) {
+    throw UsageError("case '" + text + "': pitch= must be a multiple of 8 and at least the ranks");
+  }
   if (!ordered) c.order = c.rows <= kDecodeRows ? RowOrder::kInterleaved : RowOrder::kSegments;
   if (c.module.empty()) {
     c.module = (op == Op::kEmbedding ? "vocab:" + std::to_string(c.vocab) : std::to_string(c.k)) + "->" + n;

@@ -36,7 +36,8 @@ what to run
   text += embedding ? "                                    vocab=128256,n=4096,r=16,m=16[,a=16][,layout=rank|token]\n"
                     : "                                    k=4096,n=4096+1024+1024,r=16,m=16[,a=16]\n";
   text += R"(                                    r=8-64: adapters of rank 8, 16, 32, 64 in turn; a: distinct adapters;
-                                    slots=: groups of the plan; order=interleaved|segments|serving; name=
+                                    slots=: groups of the plan; pitch=: of B in a pool of more ranks;
+                                    order=interleaved|segments|serving; name=
   --filter TEXT                   only cases whose name contains TEXT; repeatable: any of them
   --idle                          the same shapes with no adapter on any row
   --dtype bf16|fp16               default bf16
@@ -50,8 +51,9 @@ against what
     text += "  --baseline naive                times that too\n";
   } else {
     text +=
-        R"(  --baseline naive|cutlass|beside times that too; repeatable. cutlass: two grouped GEMMs, rows sorted by adapter;
-                                    beside, with --chain: deltas on another stream while the GEMM runs, then their sum
+        R"(  --baseline naive|cutlass|beside times that too; repeatable. cutlass: two grouped GEMMs, rows sorted by
+                                    adapter; beside, with --chain: deltas on another stream while the GEMM runs, then
+                                    their sum
   --chain                         what the op adds to a chain of cuBLAS GEMMs, each followed by it
   --cublas FILE                   the cuBLAS to load (default: libcublas.so.13, .so.12, .so)
 )";

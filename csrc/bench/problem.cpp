@@ -49,12 +49,12 @@ void Problem::lay_out() {
       entry.rank = case_.rank_of(g);
       entry.a_row = static_cast<int32_t>(a_rows_);
       entry.v_col = static_cast<int32_t>(s * case_.max_rank());
-      entry.b_stride = entry.rank;
+      entry.b_stride = case_.b_pitch > 0 ? case_.b_pitch : entry.rank;
       entry.b_offset = b_elements_;
       entry.scale = options_.equal_scales ? 0.75f : 0.5f + 0.125f * static_cast<float>(g % 5);
       a_rows_ += embedding && case_.token_major ? case_.vocab : entry.rank;
       // parts start where 16-byte loads can, as a pool would have it
-      b_elements_ += (int64_t{entry.rank} * case_.widths[static_cast<size_t>(s)] + 7) / 8 * 8;
+      b_elements_ += (int64_t{entry.b_stride} * case_.widths[static_cast<size_t>(s)] + 7) / 8 * 8;
     }
   }
 }

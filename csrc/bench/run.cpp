@@ -59,6 +59,7 @@ class Runner {
 
   void run_baseline(Case c, const std::string& name) {
     if (name == "cutlass") c.order = RowOrder::kSegments;
+    set_path("auto");  // of what takes the library's ops apart
     guarded(c, name, [&] {
       Problem::Options options = problem_options();
       options.equal_scales = name == "cutlass";

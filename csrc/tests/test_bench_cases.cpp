@@ -176,6 +176,8 @@ void test_floor_of_other_ops() {
   c = parse_case("k=4096,n=4096,r=8-64,m=6,a=6", Op::kLinear);
   CHECK(weight_bytes(c, Op::kLinear) == (8 + 16 + 32 + 64 + 8 + 16) * 8192 * 2, "mixed ranks: %g",
         weight_bytes(c, Op::kLinear));
+  c = parse_case("k=4096,n=4096,r=16,m=4,pitch=64", Op::kLinear);
+  CHECK(c.b_pitch == 64 && c.name() == "4096->4096 r16 M4 a4 pitch64", "%s", c.name().c_str());
   c = parse_case("k=4096,n=4096,r=16,m=4,a=32,slots=64", Op::kLinear);
   CHECK(c.adapters == 4 && c.slots == 64, "adapters without rows have no weights to read: %d", c.adapters);
 
@@ -239,6 +241,8 @@ void test_cases() {
                            "k=8,n=8,r=8,m=1,q=1",
                            "k=8,n=8,r=8,m=1,a",
                            "k=8,n=8,r=8,m=4,a=4,slots=3",
+                           "k=8,n=8,r=8,m=4,pitch=12",
+                           "k=8,n=8,r=8-64,m=4,pitch=32",
                            "k=8,n=8,r=8,m=1,vocab=9",
                            "k=8,n=8,r=8,m=1,order=up",
                            "k=99999999999999999999,n=8,r=8,m=1"}) {

@@ -47,14 +47,14 @@ struct NarrowJob {
         lane < 16
             ? reinterpret_cast<const int32_t*>(task.table + int64_t{group} * task.slices + slice) + min(lane & 7, 6)
             : task.order + min(static_cast<uint32_t>(row), static_cast<uint32_t>(task.rows - 1));
-    const bool has_second = lane >= 8 && lane < 16 + kRows;
-    int32_t second_word = 0;  // on its way while the plan's words are looked at
-    if (has_second) second_word = ptx::load_fresh4(second);
-    const bool fits = get(0) == kPlanVersionValue && get(1) == task.rows && get(2) == task.groups;
-    jobs = fits ? min(get(3), task.max_tiles) << two_a_tile() : 0;
+    // all shuffles at once: they stand between two loads
+    const int words[] = {get(0) - kPlanVersionValue, get(1) - task.rows, get(2) - task.groups, get(3)};
+    jobs = (words[0] | words[1] | words[2]) == 0 ? min(words[3], task.max_tiles) << two_a_tile() : 0;
     if (index >= jobs) return;
-    at = has_second ? second : at;
-    word = has_second ? second_word : word;
+    if (lane >= 8 && lane < 16 + kRows) {
+      at = second;
+      word = ptx::load_fresh4(at);
+    }
   }
   __device__ __forceinline__ int32_t get(int lane) const { return __shfl_sync(0xffffffffu, word, lane); }
   __device__ __forceinline__ bool two_a_tile() const { return kRows == 8 && get(7) > kRows; }
