@@ -5,7 +5,8 @@
 //   down and sum               few tokens: moe_down_few.cu; else moe_expand.cu and moe_sum.cu in turn
 //   deltas alone               moe_expand.cu; what adds them: moe_act.cu, moe_sum.cu
 //
-// Of long runs, moe_expand_long.cu makes the activation and the deltas.
+// Of long runs, moe_shrink_long.cu takes the place of moe_shrink.cu (9.0a), and moe_expand_long.cu makes the activation
+// and the deltas.
 #include "linear/paths.h"
 #include "moe/paths.h"
 #include "moe/stream.cuh"
@@ -42,6 +43,11 @@ int blocks_beside(const LoraParams& p) {
   constexpr int64_t kMuch = int64_t{512} << 20;  // bytes of weights
   const int64_t elements_a_rank = (p.v_of_x ? 0 : p.k * p.slices.count) + sum_of_widths(p.slices);
   return 2 * plan_max_runs(p.rows, p.slices.groups) * even_rank(p) * elements_a_rank > kMuch ? 2 : 1;
+}
+
+// How K is shared by what all but a given v begin with.
+cudaError_t planes_of(const LoraParams& p, int most_blocks, int& planes) {
+  return (moe_shrink_long_serves(p) ? moe_long_planes : moe_planes)(p, most_blocks, planes);
 }
 
 int64_t plane_bytes_aligned(const LoraParams& p, int planes) { return divide_up(moe_plane_bytes(p, planes), 16) * 16; }
@@ -99,7 +105,7 @@ bool moe_add_reduce_serves(const DownReduceParams& d) {
 
 cudaError_t moe_linear_scratch(const LoraParams& p, int64_t& bytes) {
   int planes = 0;
-  const cudaError_t error = moe_planes(p, kAllBlocks, planes);
+  const cudaError_t error = planes_of(p, kAllBlocks, planes);
   bytes = plane_bytes_aligned(p, planes);
   return error;
 }
@@ -108,8 +114,9 @@ namespace {
 
 // What all begin with; sets how K was shared.
 cudaError_t shrink(const LoraParams& p, int& planes, cudaStream_t stream, int most_blocks = kAllBlocks) {
-  const cudaError_t error = moe_planes(p, most_blocks, planes);
-  return error == cudaSuccess ? moe_shrink_path(p, planes, most_blocks, stream) : error;
+  const cudaError_t error = planes_of(p, most_blocks, planes);
+  if (error != cudaSuccess) return error;
+  return (moe_shrink_long_serves(p) ? moe_shrink_long_path : moe_shrink_path)(p, planes, most_blocks, stream);
 }
 
 }  // namespace
@@ -137,7 +144,7 @@ cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
   int planes = 0;
   bytes = 0;
   if (p.v_of_x) return cudaSuccess;
-  const cudaError_t error = moe_planes(p, blocks_beside(p), planes);
+  const cudaError_t error = planes_of(p, blocks_beside(p), planes);
   bytes = moe_plane_bytes(p, planes);
   return error;
 }

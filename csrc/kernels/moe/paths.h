@@ -65,6 +65,12 @@ inline constexpr int kAllBlocks = 32;
 cudaError_t moe_planes(const LoraParams& p, int most_blocks, int& planes);
 int64_t moe_plane_bytes(const LoraParams& p, int planes);
 cudaError_t moe_shrink_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
+
+/// shrink for long runs, up to 128 rows at a time, 9.0a: the same planes, but for the order in which K is summed.
+bool moe_shrink_long_serves(const LoraParams& p);
+cudaError_t moe_long_planes(const LoraParams& p, int most_blocks, int& planes);
+cudaError_t moe_shrink_long_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
+
 cudaError_t moe_expand_add_path(const LoraParams& p, int planes, cudaStream_t stream);
 cudaError_t moe_expand_act_path(const GateUpActParams& g, int planes, cudaStream_t stream);
 
