@@ -18,6 +18,14 @@
 #include "polylora/cpu.h"
 #include "reference.h"
 
+namespace polylora::cuda {
+
+/// POLYLORA_BATCH_INVARIANT, as tests set it.
+bool invariant = false;
+bool batch_invariant() { return invariant; }
+
+}  // namespace polylora::cuda
+
 namespace polylora::testing {
 namespace {
 
@@ -1058,9 +1066,8 @@ void long_runs() {
       GateUpActParams g = problem.gate_up_act_params();
       LoraParams& p = g.lora;
       int planes = 0;
-      int64_t bytes = 0;
-      const bool ready = cuda::moe_planes(p, cuda::kAllBlocks, planes) == cudaSuccess &&
-                         cuda::moe_gate_up_act_scratch(g, bytes) == cudaSuccess;
+      const bool ready = cuda::moe_planes(p, cuda::kAllBlocks, planes) == cudaSuccess;
+      const int64_t bytes = cuda::moe_plane_bytes(p, planes);
       p.scratch = problem.scratch(bytes);
       const std::string what = "runs of rank " + std::to_string(ranks[0]) + (shared ? ", one A" : "");
       CHECK(ready && cuda::moe_shrink_path(p, planes, cuda::kAllBlocks, nullptr) == cudaSuccess, "%s", what.c_str());
@@ -1088,6 +1095,138 @@ void long_runs() {
             "%s: other deltas", what.c_str());
     }
   }
+}
+
+/// As run, of calls whose shrink is that of long runs.
+void run_long(const std::string& what, const Shape& shape, int runs = 2) {
+  const Problem problem(shape, 1);
+  CHECK(cuda::moe_shrink_long_serves(problem.params()), "%s: not served", what.c_str());
+  run(what, shape, runs);
+}
+
+/// A read once for up to 128 rows: tiles of all sizes, K and ranks that fill no stage, more units than are looked up
+/// together, and what no kernel may touch.
+void shrink_of_long_runs(Op op) {
+  const std::string name = std::string(name_of(op)) + " long";
+  const auto of_one_group = [op](int64_t rows, int64_t k, const std::vector<int>& ranks, DType dtype) {
+    return Shape{op, rows, 1, k, widths_of(op, 64), ranks, dtype, 1, 1, "one"};
+  };
+  cuda::emulated_device.sms = 1;
+  for (int64_t rows : {2, 64, 65, 128, 200}) {
+    const DType dtype = rows % 2 == 0 ? DType::kBFloat16 : DType::kFloat16;
+    run_long(name + " " + std::to_string(rows) + " rows", of_one_group(rows, 128, {16, 8}, dtype));
+  }
+  for (int64_t k : {8, 72, 296}) {
+    for (int64_t rows : {40, 80}) {
+      run_long(name + " k " + std::to_string(k) + ", " + std::to_string(rows) + " rows",
+               of_one_group(rows, k, {24, 16}, DType::kBFloat16));
+    }
+  }
+  for (int rank : {1, 33, 64, 256}) {
+    const int64_t rows = rank == 33 ? 80 : 40;
+    run_long(name + " rank " + std::to_string(rank), of_one_group(rows, 136, {rank}, DType::kFloat16));
+  }
+  run_long(name + ", K in parts", of_one_group(70, 584, {16, 24}, DType::kBFloat16));
+  for (const char* map : {"", "sorted", "shuffled"}) {
+    Shape shape{op, 60, 2, 136, widths_of(op, 64), {16, 0, 8, 24, 4, 0, 40}, DType::kBFloat16, 3, 7, "mixed", map};
+    const std::string what = name + ", many groups, map " + map;
+    run_long(what, shape);
+    shape.ids = "none";
+    run_long(what + ", ids none", shape);
+    shape.ids = "skewed";
+    shape.stale_is_noise = shape.broken = true;
+    shape.more_v = 5;
+    run_long(what + ", noise before, broken entries", shape);
+    shape.broken = false;
+    shape.other_plan = true;
+    run_long(what + ", a plan of other sizes", shape);
+    shape.other_plan = false;
+    shape.ranks = {0};
+    run_long(what + ", all absent", shape);
+  }
+  Shape shape{op, 90, 2, 136, widths_of(op, 64), {16, 16, 40, 24}, DType::kFloat16, 2, 3, "skewed", "sorted"};
+  shape.experts_share_a = true;
+  run_long(name + ", one A for all experts", shape);
+  cuda::emulated_device.sms = 132;
+  if (op != Op::kGateUp && op != Op::kGateUpAct) return;
+  cuda::emulated_device.sms = 2;
+  for (const bool shared : {false, true}) {
+    for (const bool interleaved : {false, true}) {
+      shape = {op, 90, 2, 200, {64, 64}, {16, 0, 8, 24, 0, 40, 64}, DType::kBFloat16, 2, 3, "skewed"};
+      shape.shared_a = shared;
+      shape.own_arenas = !shared;
+      shape.interleaved = interleaved;
+      run_long(name + (shared ? ", one A" : "") + (interleaved ? ", interleaved" : ""), shape);
+    }
+  }
+  cuda::emulated_device.sms = 132;
+}
+
+/// Where in its run a row stands, in a tile of how many rows, and which of K a stage brings for it, no bit of its sums
+/// tells.
+void places_in_long_runs() {
+  for (int rank : {16, 32, 64, 128}) {
+    for (int64_t k : {64, 200, 296}) {
+      for (int64_t rows : {150, 200}) {
+        const Shape shape{Op::kDown, rows, 1, k, {64}, {rank}, DType::kBFloat16, 1, 1, "one"};
+        const std::string what =
+            "a run of " + std::to_string(rows) + " rows, rank " + std::to_string(rank) + ", k " + std::to_string(k);
+        Problem problem(shape, 1);
+        problem.spoil(1, false);
+        LoraParams p = problem.params();
+        int planes = 0;
+        CHECK(cuda::moe_long_planes(p, 1, planes) == cudaSuccess && planes == 1, "%s: %d planes", what.c_str(), planes);
+        p.scratch = problem.scratch(cuda::moe_plane_bytes(p, planes));
+        problem.arrive();
+        auto* x = static_cast<unsigned char*>(const_cast<void*>(p.x));
+        for (int64_t row = 1; row < rows; ++row) std::memcpy(x + 2 * row * p.x_stride, x, static_cast<size_t>(2 * k));
+        CHECK(cuda::moe_shrink_long_path(p, planes, 1, nullptr) == cudaSuccess, "%s", what.c_str());
+        const auto* sums = static_cast<const float*>(p.scratch);
+        const int64_t width = cuda::moe_plane_bytes(p, 1) / (4 * rows);
+        for (int64_t row = 0; row < rows; ++row) {
+          CHECK(std::memcmp(sums, sums + row * width, static_cast<size_t>(4 * rank)) == 0,
+                "%s: row %lld has other bits", what.c_str(), (long long)row);
+        }
+      }
+    }
+  }
+}
+
+/// Which shrink a call takes: the tiles of its launch tell. And how much memory it asks for.
+void choice_of_long_shrink() {
+  const Shape shape{Op::kDown, 150, 1, 584, {64}, {16}, DType::kBFloat16, 1, 1, "one"};
+  const auto check = [&](const char* what, bool is_long) {
+    Problem problem(shape, 1);
+    problem.spoil(1, false);
+    LoraParams p = problem.params();
+    int planes = 0;
+    int64_t bytes = 0;
+    const auto planes_of = is_long ? cuda::moe_long_planes : cuda::moe_planes;
+    CHECK(planes_of(p, cuda::kAllBlocks, planes) == cudaSuccess, "%s", what);
+    CHECK(cuda::moe_linear_scratch(p, bytes) == cudaSuccess, "%s", what);
+    CHECK(bytes == cuda::moe_plane_bytes(p, planes), "%s: %lld bytes for %d planes", what, (long long)bytes, planes);
+    p.scratch = problem.scratch(bytes);
+    cuda::launches.clear();
+    CHECK(cuda::moe_linear_path(p, nullptr) == cudaSuccess, "%s", what);
+    const cuda::LaunchShape& launch = cuda::launches.at(0);
+    const bool by_wide_tiles = launch.grid.x == p.plan.max_wide_tiles;
+    CHECK(by_wide_tiles == is_long && static_cast<int>(launch.grid.y) == planes, "%s: a grid of %u x %u", what,
+          launch.grid.x, launch.grid.y);
+    problem.check(what);
+  };
+  // 2 wide tiles, 10 of 16 rows
+  cuda::emulated_device.sms = 2;
+  check("units for all SMs", true);
+  cuda::invariant = true;
+  check("batch-invariant", false);
+  cuda::invariant = false;
+  cuda::emulated_device.sms = 3;
+  check("too few units", false);
+  cuda::emulated_device = {0, 8, 2, 163 * 1024};
+  check("on 8.0", false);
+  cuda::emulated_device = {0, 10, 2, 227 * 1024};
+  check("on 10.0", false);
+  cuda::emulated_device = {0, 9, 132, 227 * 1024};
 }
 
 void activations() {
@@ -1124,6 +1263,9 @@ int main(int count, char** names) {
     if (op == Op::kGateUpAct) activations();
     if (op == Op::kGateUpAct) blocks_of_given_v();
     if (op == Op::kGateUpAct) long_runs();
+    shrink_of_long_runs(op);
+    if (op == Op::kDown) places_in_long_runs();
+    if (op == Op::kDown) choice_of_long_shrink();
   }
   return report();
 }

@@ -1,13 +1,16 @@
 // shrink for MoE's long runs, sm_90a: x A^T for up to 128 rows of a group (slot, expert), A read once for all of them.
 //
-// A unit is a wide tile of the plan and a part of K, all slices. The block brings its rows' next 64 elements of K and
-// those of A through one ring (cp.async), and its four warps multiply them by wgmma, 64 rows at a time: no warp has a
-// sum of another's, so that they go from registers into the part's plane. moe_shrink.cu, whose units have 16 rows,
-// reads A from L2 for each of them, and spends several times the instructions on a row.
+// A unit is a wide tile of the plan and a part of K, all slices. Its x and A come through one ring of the block's
+// (cp.async), and the block's four warps multiply them by wgmma, 64 rows at a time: no warp has a sum of another's, so
+// that sums go from registers into the part's plane. moe_shrink.cu, whose units have 16 rows, reads A from L2 again for
+// each of them, and spends three times the instructions on a row.
 //
-// The ring never runs dry between the units that were looked up together: while one is multiplied, the next one's
-// copies are under way. Rows and ranks that are not there may hold anything in shared memory: they end in sums that
-// nobody stores.
+//   stage   more than 64 rows:  64 of K: rows 0 to 63, rows 64 to 127 of x; 16 ranks of A, the next 16, ...
+//           fewer:             128 of K: the rows' first 64 of K, their second 64; 16 ranks' first 64 of K, ..., second
+//
+// so that a step, which has a barrier, brings about as many bytes. The ring never runs dry between the units that were
+// looked up together: while one is multiplied, the next one's copies are under way. Rows and ranks that are not there
+// may hold anything in shared memory: they end in sums that nobody stores.
 #include "linear/paths.h"
 #include "moe/paths.h"
 #include "moe/stream.cuh"
@@ -19,12 +22,15 @@ namespace polylora::cuda {
 namespace {
 
 constexpr int kHalfRows = 64;  // of a wgmma
-constexpr int kUnits = 8;      // looked up at once: what a block has of a prompt's first 1000 tiles
-constexpr int kBlocks = 2;     // an SM
-constexpr int kXBytes = kWideTileRows * kChunkK * 2;  // of a stage
-constexpr int kTileBytes = kRankTile * kChunkK * 2;   // of a rank tile of A
-// Stages of the ring, by rank tiles a pass over x: two blocks are to have room, or one beside the base's GEMM.
-constexpr int stages_of(int tiles) { return tiles <= 2 ? 5 : tiles == 4 ? 4 : 3; }
+constexpr int kHalfBytes = kHalfRows * kChunkK * 2;
+constexpr int kUnits = 8;                // looked up at once: what a block has of a prompt's first 1000 tiles
+constexpr int kBlocks = 2;               // an SM
+constexpr int kXBytes = 2 * kHalfBytes;  // of a stage
+constexpr int kTileBytes = kRankTile * kChunkK * 2;  // of a rank tile of A
+// By rank tiles a pass over x. Stages of the ring: two blocks are to have room, or one beside the base's GEMM.
+constexpr int stages_of(int tiles) { return tiles == 1 ? 5 : tiles == 2 ? 4 : 3; }
+// Whether up to 64 rows come with 128 of K: of many ranks, 64 are a stage's worth.
+constexpr bool is_deep(int tiles) { return tiles <= 4; }
 
 /// A unit's tile, in shared memory.
 struct LongItem : StreamTile {
@@ -36,7 +42,7 @@ static_assert(sizeof(LongItem) % 16 == 0);
 template <int kTiles>
 struct alignas(1024) LongSmem {  // as the swizzle wants it
   static constexpr int kStages = stages_of(kTiles);
-  static constexpr int kStageBytes = kXBytes + kTiles * kTileBytes;
+  static constexpr int kStageBytes = kXBytes + (is_deep(kTiles) ? 2 : 1) * kTiles * kTileBytes;
   static_assert(kXBytes % 1024 == 0 && kStageBytes % 1024 == 0);
 
   unsigned char ring[kStages][kStageBytes];
@@ -116,7 +122,8 @@ class LongLoads {
   __device__ __forceinline__ void start() {
     if (item_ < count_) {
       copy();
-      if (++chunk_ == chunks_.end) next_pass();
+      chunk_ += is_deep_ ? 2 : 1;
+      if (chunk_ >= chunks_.end) next_pass();
     }
     ptx::commit_copies();
     stage_ = stage_ + 1 == Smem::kStages ? 0 : stage_ + 1;
@@ -135,12 +142,15 @@ class LongLoads {
     while (item_ < count_ && smem_.item[item_].rank_tiles == 0) ++item_;
     if (item_ >= count_) return;
     const LongItem& item = smem_.item[item_];
-    rows_ = item.rows - thread_row();
+    is_deep_ = is_deep(kTiles) && item.rows <= kHalfRows;
+    rows_ = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (kApart * i < rows_) {
-        x_[i] = static_cast<uint32_t>(int64_t{item.x_row[thread_row() + kApart * i]} * task_.x_stride / 8);
-      }
+      const bool is_second = is_deep_ && i >= kRows / 2;  // 64 of K
+      const int row = thread_row() + kApart * (is_second ? i - kRows / 2 : i);
+      if (row >= item.rows) continue;
+      rows_ |= 1u << i;
+      x_[i] = static_cast<uint32_t>(int64_t{item.x_row[row]} * task_.x_stride / 8) + (is_second ? kChunkK / 8 : 0);
     }
     base_ = 0;
     enter_pass(item);
@@ -174,23 +184,33 @@ class LongLoads {
   // make each from the task anew.
   __device__ __forceinline__ void copy() const {
     const int k = chunk_ * kChunkK + thread_k();
-    const bool inside = k < task_.k;
-    const uint32_t from_k = inside ? k : 0;
+    const int apart = is_deep_ ? kChunkK : 0;  // from the first half of x to the second
+    const int end = min(task_.k, chunks_.end * kChunkK);
+    const bool inside = k < end;
+    const bool second_inside = k + apart < end;
     unsigned char* to = ptx::keep(smem_.ring[stage_] + at_);
-    const auto x = reinterpret_cast<uintptr_t>(ptx::keep(static_cast<const T*>(task_.x) + from_k));
+    const auto* x = static_cast<const T*>(task_.x);
+    const auto first = reinterpret_cast<uintptr_t>(ptx::keep(x + (inside ? k : 0)));
+    const auto second = reinterpret_cast<uintptr_t>(ptx::keep(x + (second_inside ? k : -apart)));
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (kApart * i < rows_) {
-        ptx::copy_async16(to + i * (kApart * kChunkK * 2), reinterpret_cast<const T*>(x + uint64_t{x_[i]} * 16),
-                          inside ? 16 : 0);
+      const bool is_second = i >= kRows / 2;
+      const auto* from = reinterpret_cast<const T*>((is_second ? second : first) + uint64_t{x_[i]} * 16);
+      if (rows_ >> i & 1) {
+        ptx::copy_async16(to + i * kTileBytes, from, (is_second ? second_inside : inside) ? 16 : 0);
       }
     }
+    const uint32_t from_k = inside ? k : 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      if (ranks_ >> t & 1) ptx::copy_async16(to + kXBytes + t * kTileBytes, a_[t] + from_k, inside ? 16 : 0);
+    }
+    if (!is_deep_) return;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       if (ranks_ >> t & 1) {
-        ptx::copy_async16(to + kXBytes + t * kTileBytes,
-                          reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(a_[t]) + uint64_t{from_k} * 2),
-                          inside ? 16 : 0);
+        ptx::copy_async16(to + kXBytes + (kTiles + t) * kTileBytes, a_[t] + (second_inside ? k + kChunkK : 0),
+                          second_inside ? 16 : 0);
       }
     }
   }
@@ -200,8 +220,9 @@ class LongLoads {
   const BlockChunks chunks_;
   const int at_;  // of this thread's piece of each 16 rows
   int item_ = 0, count_ = 0, chunk_ = 0, base_ = 0, stage_ = 0;
-  int rows_ = 0;             // from this thread's first one on
-  uint32_t ranks_ = 0;       // a bit for each rank tile: whether this thread's rank of it is there
+  bool is_deep_ = false;
+  uint32_t rows_ = 0;        // a bit for each piece of x that this thread brings: whether its row is there
+  uint32_t ranks_ = 0;       // the same of A, for each rank tile
   uint32_t x_[kRows] = {};   // in pieces of 8 elements: 32 bits hold 64 GiB
   const T* a_[kTiles] = {};  // of this thread's rank
 };
@@ -218,16 +239,18 @@ __device__ __forceinline__ void multiply(float (*acc)[8], uint64_t x, uint64_t a
   for (int i = 0; i + 4 <= kTiles; i += 4) ptx::wgmma_m64n64k16(acc + i, x, a + i * kTile, T{});
 }
 
-/// A pass over x of a unit of up to 64 kHalves rows: its products, and their sums into the plane. The block calls it.
+/// A pass over x and `chunks` of K, of a unit of up to 64 kHalves rows: its products, and their sums into the plane.
+/// The block calls it.
 template <typename T, int kTiles, int kHalves>
 __device__ __forceinline__ void shrink_pass(const StreamTask& task, LongSmem<kTiles>& smem, const LongItem& item,
-                                            int base, int steps, LongLoads<T, kTiles>& loads, int& stage) {
+                                            int base, int chunks, LongLoads<T, kTiles>& loads, int& stage) {
   constexpr int kStages = LongSmem<kTiles>::kStages;
+  constexpr bool kDeep = kHalves == 1 && is_deep(kTiles);
   float acc[kHalves][kTiles][8];
 #pragma unroll
   for (int i = 0; i < kHalves * kTiles * 8; ++i) acc[i / (kTiles * 8)][i / 8 % kTiles][i % 8] = 0.f;
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
+  for (int chunk = 0; chunk < chunks; chunk += kDeep ? 2 : 1) {
     ptx::wait_copies<kStages - 2>();
     ptx::fence_async_proxy();
     ptx::wgmma_wait<0>();
@@ -235,11 +258,16 @@ __device__ __forceinline__ void shrink_pass(const StreamTask& task, LongSmem<kTi
     ptx::wgmma_fence();
     const uint64_t x = ptx::swizzled_rows(smem.ring[stage]);
     const uint64_t a = ptx::swizzled_rows(smem.ring[stage] + kXBytes);
+    // K ascending either way: a row's bits are not to tell how many share its tile
 #pragma unroll
-    for (int step = 0; step < kChunkK / 16; ++step) {
+    for (int part = 0; part < (kDeep ? 2 : 1); ++part) {
+      const int x_at = part * kHalfBytes, a_at = part * kTiles * kTileBytes;
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        multiply<T, kTiles>(acc[half], x + half * (kHalfRows * kChunkK * 2 >> 4) + 2 * step, a + 2 * step);
+      for (int step = 0; step < kChunkK / 16; ++step) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          multiply<T, kTiles>(acc[half], x + ((x_at + half * kHalfBytes) >> 4) + 2 * step, a + (a_at >> 4) + 2 * step);
+        }
       }
     }
     ptx::wgmma_commit();
@@ -296,11 +324,11 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks) moe_shrink_long(const
       const LongItem& item = smem.item[i];
 #pragma unroll 1
       for (int base = 0; base < item.rank_tiles; base += kTiles) {
-        const int steps = chunks.end - chunks.begin;
+        const int of_block = chunks.end - chunks.begin;
         if (item.rows > kHalfRows) {
-          shrink_pass<T, kTiles, 2>(task, smem, item, base, steps, loads, stage);
+          shrink_pass<T, kTiles, 2>(task, smem, item, base, of_block, loads, stage);
         } else {
-          shrink_pass<T, kTiles, 1>(task, smem, item, base, steps, loads, stage);
+          shrink_pass<T, kTiles, 1>(task, smem, item, base, of_block, loads, stage);
         }
       }
     }
