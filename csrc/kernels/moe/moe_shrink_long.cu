@@ -23,9 +23,9 @@ namespace {
 
 constexpr int kHalfRows = 64;  // of a wgmma
 constexpr int kHalfBytes = kHalfRows * kChunkK * 2;
-constexpr int kUnits = 8;                // looked up at once: what a block has of a prompt's first 1000 tiles
-constexpr int kBlocks = 2;               // an SM
-constexpr int kXBytes = 2 * kHalfBytes;  // of a stage
+constexpr int kUnits = 8;                            // looked up at once; of 1024 tiles a block an SM has as many
+constexpr int kBlocks = 2;                           // an SM
+constexpr int kXBytes = 2 * kHalfBytes;              // of a stage
 constexpr int kTileBytes = kRankTile * kChunkK * 2;  // of a rank tile of A
 // By rank tiles a pass over x. Stages of the ring: two blocks are to have room, or one beside the base's GEMM.
 constexpr int stages_of(int tiles) { return tiles == 1 ? 5 : tiles == 2 ? 4 : 3; }
