@@ -462,6 +462,15 @@ def test_unknown_adapter():
         step_of_ids(wrapper, [1, 4], [1, None, None, None])
 
 
+@pytest.mark.parametrize("made, used", [(True, False), (False, True)])
+def test_steps_come_in_another_mode_than_the_wrapper(made, used):
+    with torch.inference_mode(made):
+        wrapper = make_wrapper(lora_config())
+    with torch.inference_mode(used):
+        step_of_ids(wrapper, [7, -1], [7, None])
+    assert wrapper.token_mapping_meta.token_lora_mapping[:2].tolist() == [0, -1]
+
+
 def test_too_many_rows():
     wrapper = make_wrapper(lora_config(), tokens=64)
     with pytest.raises(ValueError, match="up to 256 rows, got 257"):

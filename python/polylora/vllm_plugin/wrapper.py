@@ -40,14 +40,14 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
     """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
-        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         follow_layers(PolyloraPunicaWrapper, _adopt)
         tell_before_base(PolyloraPunicaWrapper)
-        self._fully_sharded = bool(self.lora_config.fully_sharded_loras)
-        self._embeddings_indices.zero_()
         with torch.inference_mode(False):  # steps may come in either mode
+            super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+            self._embeddings_indices.zero_()
             self._tokens = StepRows(self.token_mapping_meta, max_num_batched_tokens, self.max_loras, device)
             self._prompts = StepRows(self.prompt_mapping_meta, max_num_batched_tokens, self.max_loras, device)
+        self._fully_sharded = bool(self.lora_config.fully_sharded_loras)
 
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs
