@@ -42,11 +42,11 @@ constexpr int64_t kMostDecodeRows = 1024;
 // 30.5; 1024 rows of 64 29.4 and 109, of 32 32.6 and 55.5; r64, 512 rows of 32 42.4 and 87.6.
 constexpr int64_t kRowsOfManyAdapters = 32;  // an adapter, at most
 
-// Rows times rank up to which decode's kernels, 16 rows at a time, take a batch of few adapters, too: they read B once for
-// each 16 rows, the wide ones once for each tile, but after a longer start. H200, r16, decode's and wide, us: 300 rows of
-// 3 adapters of qkv 8.9 and 12.1, of down 10.6 and 13.5; 512 rows of 8 of qkv 12.0 and 21.7, of 4 of gate_up 27.1 and
-// 28.3; 1024 rows of 4 of qkv 18.1 and 19.0, of down 19.9 and 21.5; 2048 rows 49.9 and 26.6. r64, 512 rows of 4 of
-// qkv 22.3 and 21.8, of down 19.3 and 21.6; 1024 rows of qkv 37.8 and 28.9.
+// Rows times rank up to which decode's kernels, 16 rows at a time, take a batch of few adapters, too: they read B once
+// for each 16 rows, the wide ones once for each tile, but after a longer start. H200, r16, decode's and wide, us: 300
+// rows of 3 adapters of qkv 8.9 and 12.1, of down 10.6 and 13.5; 512 rows of 8 of qkv 12.0 and 21.7, of 4 of
+// gate_up 27.1 and 28.3; 1024 rows of 4 of qkv 18.1 and 19.0, of down 19.9 and 21.5; 2048 rows 49.9 and 26.6. r64, 512
+// rows of 4 of qkv 22.3 and 21.8, of down 19.3 and 21.6; 1024 rows of qkv 37.8 and 28.9.
 constexpr int64_t kMostDecodeRanks = 1024 * 16;
 
 // Whether a call is decode: its kernels add in another order than those for more rows.
