@@ -106,7 +106,7 @@ def test_aligned_pools_take_the_fast_path(device, dtype, path, slices, layout):
 
 
 @pytest.mark.trap(29)
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 16, 17, 33, 64, 300])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 16, 17, 33, 64, 300, 1100])
 @pytest.mark.parametrize("aligned", [False, True], ids=["odd", "aligned"])
 def test_row_counts_from_none_to_prefill(device, dtype, path, rows, aligned):
     shape = {"k": 256, "widths": (256, 64, 64)} if aligned else {"k": 99, "widths": (111, 19, 19)}

@@ -505,6 +505,18 @@ void any_shape(const std::string& name, Path path, int64_t k_unit) {
   cuda::emulated_device.sms = 132;
 }
 
+// Decode's two launches, of as many rows as they are given.
+void many_full_tiles() {
+  for (int sms : {132, 5}) {
+    cuda::emulated_device.sms = sms;
+    const std::string what = "narrow on " + std::to_string(sms) + " SMs, ";
+    run(what + "1000 rows of one adapter", narrow, {DType::kBFloat16, 1000, 64, {72, 24}, 1, {16}, "one"});
+    run(what + "600 rows of four", narrow, {DType::kFloat16, 600, 96, {200, 64}, 4, {16, 8, 0, 3}, "segments"});
+    run(what + "300 rows, one adapter has most", narrow, {DType::kBFloat16, 300, 64, {64}, 9, {16, 24}, "lengths"});
+  }
+  cuda::emulated_device.sms = 132;
+}
+
 // Blocks that share the outputs of a tile.
 void many_outputs() {
   cuda::LinearTask task{};
@@ -670,6 +682,7 @@ int main() {
   testing::any_shape("narrow apart", testing::narrow_apart, 32);
   testing::any_shape("wide apart", testing::wide_apart, 8);
   testing::any_shape("narrow halves", testing::narrow_halves, 8);
+  testing::many_full_tiles();
   testing::many_outputs();
   testing::odd_calls();
   testing::prefill();

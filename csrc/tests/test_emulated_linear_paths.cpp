@@ -103,7 +103,7 @@ void deltas_by_shape() {
   expect("few rows", deltas(fast), "2");
   expect("few rows, cluster forced", deltas(fast, "cluster"), "2");
   expect("few rows, general forced", deltas(fast, "general"), "1 shrink expand");
-  Call many(600, 64, {64, 32});
+  Call many(1025, 64, {64, 32});
   expect("many rows", deltas(many), "2");  // -0, and wide
   for (const std::vector<int32_t>& widths : {std::vector<int32_t>{4, 4}, {12}, {1}, {64, 20}}) {
     Call narrow(9, 64, widths);
@@ -123,12 +123,18 @@ void deltas_by_shape() {
 
 void linear_by_rows() {
   Call few(64, 64, {64, 32}), full(64, 64, {64, 32}, 4), each(128, 64, {64, 32}, 64), fewer(48, 64, {64, 32}, 3);
-  Call mixed(2048, 64, {64, 32}, 64);
+  Call mixed(2048, 64, {64, 32}, 64), most(1024, 64, {64, 32}, 4), more(1025, 64, {64, 32}, 4);
+  Call ranks(513, 64, {64, 32}, 4), groups(513, 64, {64, 32}, 17);
+  ranks.p.v_width = groups.p.v_width = 64;
   expect("64 rows of 8 groups", linear(few), "1");
   expect("64 rows of 4 groups, whose tiles are full", linear(full), "2");
   expect("48 rows of 3 groups", linear(fewer), "1");
   expect("2048 rows of 64 groups, whose short runs are decode's", linear(mixed), "2");
   expect("128 rows of 64 groups", linear(each), "1");
+  expect("1024 rows of rank 16", linear(most), "2");
+  expect("1025 rows of rank 16", linear(more), "1");
+  expect("513 rows of rank 32", linear(ranks), "1");
+  expect("513 rows of rank 32, a group for every 32 rows", linear(groups), "2");
   expect("64 rows of 4 groups, cluster forced", linear(full, "cluster"), "1");
 }
 
