@@ -21,8 +21,12 @@ pytestmark = pytest.mark.cuda_only
 
 SHAPES = pytest.mark.parametrize(
     "shape",
-    [{"k": 99, "widths": (111, 19)}, {"k": 256, "widths": (256, 64, 64), "aligned": True}],
-    ids=["odd", "aligned"],
+    [
+        {"k": 99, "widths": (111, 19)},
+        {"k": 256, "widths": (256, 64, 64), "aligned": True},
+        {"k": 128, "widths": (136, 64), "aligned": True, "ranks": (16, 4)},
+    ],
+    ids=["odd", "aligned", "low ranks"],
 )
 ROWS = 96
 
@@ -65,7 +69,7 @@ def graph_cases(dtype, shape, patterns, rows=ROWS, groups=8) -> list:
 
 @pytest.mark.trap(3, 10)
 @SHAPES
-@pytest.mark.parametrize("rows, groups", [(ROWS, 8), (1100, 20)])
+@pytest.mark.parametrize("rows, groups", [(ROWS, 8), (512, 4), (1100, 20)])
 def test_graph_captured_once_replays_for_every_mix(device, dtype, path, rows, groups, shape):
     """Captured with one adapter; replayed with more segments than then, with others, with {base, one}, with none."""
     patterns = ["one", "mixed", "segments", "base_and_one", "none", "skewed", "two_segments", "invalid", "mixed"]

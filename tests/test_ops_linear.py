@@ -122,6 +122,18 @@ def test_short_and_long_runs_of_many_adapters(device, dtype, path, ids, rows, gr
     run_linear(make_dense_case(device, dtype, rows=rows, groups=groups, ids=ids, seed=rows, **shape), path)
 
 
+@pytest.mark.trap(7, 29)
+@pytest.mark.parametrize("rows, groups", [(300, 1), (512, 4), (1024, 1), (1024, 4)])
+@pytest.mark.parametrize("ids", ["segments", "mixed", "skewed"])
+def test_prompts_of_few_adapters_of_low_rank(device, dtype, path, ids, rows, groups):
+    """On CUDA, as many rows as decode's kernels take."""
+    shape = {"k": 96, "widths": (136, 64), "ranks": (16, 4), "aligned": True, "absent": 0.1, "seed": rows}
+    case = make_dense_case(device, dtype, rows=rows, groups=groups, ids=ids, **shape)
+    assert rows * case.pools.v_width / len(case.widths) <= 16384
+    run_linear(case, path)
+    run_halves(make_dense_case(device, dtype, rows=rows, groups=groups, ids=ids, **shape))
+
+
 @pytest.mark.trap(7)
 @pytest.mark.parametrize("rows", [1, 7, 33, 300])
 @pytest.mark.parametrize(

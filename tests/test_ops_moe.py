@@ -562,14 +562,21 @@ def test_long_runs_of_one_expert(device, dtype, path, tokens):
 @ORDER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "slots, experts, slot_ids, k, ranks", [(2, 70, "mixed", 264, (64, 5)), (35, 4, "segments", 200, (16, 4))],
-    ids=["many", "few"],
-)  # fmt: skip
-def test_prompts_of_many_groups(device, dtype, slots, experts, slot_ids, k, ranks, row_map):
+    "tokens, slots, experts, slot_ids, k, ranks",
+    [
+        (640, 2, 70, "mixed", 264, (64, 5)),
+        (640, 35, 4, "segments", 200, (16, 4)),
+        (640, 35, 4, "segments", 520, (64, 5)),
+        (640, 35, 4, "segments", 136, (128, 16)),
+        (1024, 25, 4, "segments", 1032, (16, 64)),
+    ],
+    ids=["many", "few", "few of 64 ranks", "more ranks than a pass takes", "K in two parts"],
+)
+def test_prompts_of_many_groups(device, dtype, tokens, slots, experts, slot_ids, k, ranks, row_map):
     """16 rows for each group and a wide tile for each of 132 SMs: on 9.0, shrink has a kernel of its own. Of a few rows
     a tile, or of many."""
     case = make_moe_case(
-        device, dtype, tokens=640, slots=slots, experts=experts, slot_ids=slot_ids, row_map=row_map, block=16
+        device, dtype, tokens=tokens, slots=slots, experts=experts, slot_ids=slot_ids, row_map=row_map, block=16
     )
     assert case.positions >= 16 * case.groups and case.positions // 128 + case.groups >= 132
     shape = {"k": k, "width": 40, "ranks": ranks, "aligned": True}

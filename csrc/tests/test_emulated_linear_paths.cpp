@@ -64,7 +64,8 @@ class Call {
     }
   }
 
-  /// Under a forced path: how many kernels were launched, then what was called of the general paths.
+  /// Under a forced path: how many kernels were launched, a c for each that was in clusters, then what was called of
+  /// the general paths.
   template <typename Op>
   std::string run(const char* path, Op op) {
     called.clear();
@@ -74,7 +75,9 @@ class Call {
     const cudaError_t error = op(p);
     unsetenv("POLYLORA_PATH");
     if (error != cudaSuccess) return error == cudaErrorNotSupported ? "not supported" : "another error";
-    return std::to_string(cuda::launches.size()) + (called.empty() ? "" : " ") + called;
+    std::string what = std::to_string(cuda::launches.size());
+    for (const cuda::LaunchShape& shape : cuda::launches) what += shape.cluster > 1 ? "c" : "";
+    return what + (called.empty() ? "" : " ") + called;
   }
 
   void* odd() const { return memory_.data() + 2; }
@@ -103,8 +106,9 @@ void deltas_by_shape() {
   expect("few rows", deltas(fast), "2");
   expect("few rows, cluster forced", deltas(fast, "cluster"), "2");
   expect("few rows, general forced", deltas(fast, "general"), "1 shrink expand");
-  Call many(1025, 64, {64, 32});
-  expect("many rows", deltas(many), "2");  // -0, and wide
+  Call most(1024, 64, {64, 32}), many(1025, 64, {64, 32});
+  expect("1024 rows of rank 16", deltas(most), "2");
+  expect("many rows", deltas(many), "2c");  // -0, and wide
   for (const std::vector<int32_t>& widths : {std::vector<int32_t>{4, 4}, {12}, {1}, {64, 20}}) {
     Call narrow(9, 64, widths);
     expect("widths that are no multiples of 8", deltas(narrow), "1 shrink expand");
@@ -124,18 +128,20 @@ void deltas_by_shape() {
 void linear_by_rows() {
   Call few(64, 64, {64, 32}), full(64, 64, {64, 32}, 4), each(128, 64, {64, 32}, 64), fewer(48, 64, {64, 32}, 3);
   Call mixed(2048, 64, {64, 32}, 64), most(1024, 64, {64, 32}, 4), more(1025, 64, {64, 32}, 4);
-  Call ranks(513, 64, {64, 32}, 4), groups(513, 64, {64, 32}, 17);
-  ranks.p.v_width = groups.p.v_width = 64;
-  expect("64 rows of 8 groups", linear(few), "1");
+  Call ranks(513, 64, {64, 32}, 4), groups(480, 64, {64, 32}, 15), one_less(480, 64, {64, 32}, 14);
+  ranks.p.v_width = 64;
+  groups.p.v_width = one_less.p.v_width = 128;
+  expect("64 rows of 8 groups", linear(few), "1c");
   expect("64 rows of 4 groups, whose tiles are full", linear(full), "2");
-  expect("48 rows of 3 groups", linear(fewer), "1");
-  expect("2048 rows of 64 groups, whose short runs are decode's", linear(mixed), "2");
+  expect("48 rows of 3 groups", linear(fewer), "1c");
+  expect("2048 rows of 64 groups, whose short runs are decode's", linear(mixed), "2c");
   expect("128 rows of 64 groups", linear(each), "1");
   expect("1024 rows of rank 16", linear(most), "2");
-  expect("1025 rows of rank 16", linear(more), "1");
-  expect("513 rows of rank 32", linear(ranks), "1");
-  expect("513 rows of rank 32, a group for every 32 rows", linear(groups), "2");
-  expect("64 rows of 4 groups, cluster forced", linear(full, "cluster"), "1");
+  expect("1025 rows of rank 16", linear(more), "1c");
+  expect("513 rows of rank 32", linear(ranks), "1c");
+  expect("480 rows of rank 64, a group for every 32 rows", linear(groups), "2");
+  expect("480 rows of rank 64, a group less", linear(one_less), "1c");
+  expect("64 rows of 4 groups, cluster forced", linear(full, "cluster"), "1c");
 }
 
 void sums_by_shape() {

@@ -34,7 +34,7 @@ constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 // clusters are as good or better.
 constexpr int64_t kFullTilesRows = 64;
 
-// Rows up to which decode's kernels take all of a batch of many adapters.
+// Rows up to which decode's kernels take all of a batch of many adapters, or of low ranks.
 constexpr int64_t kMostDecodeRows = 1024;
 
 // A wide tile for each adapter, however few its rows are, is what slows many adapters down. H200, qkv 4096 ->
