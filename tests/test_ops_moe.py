@@ -558,6 +558,29 @@ def test_long_runs_of_one_expert(device, dtype, path, tokens):
     run_reduce(case, make_moe_half(case, down=True, weighted=False, **shape), y2_weighted=False)
 
 
+@pytest.mark.trap(6)
+@ORDER
+@pytest.mark.parametrize("tokens, slots, experts, k", [(19, 3, 5, 80), (640, 35, 4, 72)], ids=["few", "long runs"])
+@pytest.mark.parametrize("down", [False, True], ids=["gate_up", "down"])
+def test_inf_and_nan_of_a_row_stay_in_that_row(device, dtype, path, tokens, slots, experts, k, down, row_map):
+    """All others keep their bits: what lies beyond K, a rank or a run is not multiplied, whatever was there before."""
+    case = make_moe_case(
+        device, dtype, tokens=tokens, slots=slots, experts=experts, slot_ids="segments", row_map=row_map, block=16
+    )
+    half = make_moe_half(case, down=down, k=k, width=40, ranks=(16, 5), aligned=True)
+    more = {"topk_weights": case.topk_weights} if down else {"top_k": case.top_k}
+    before = run_delta(case, half, **more).cpu()
+    spoilt = range(0, half.x.shape[0], 3)
+    half.x[spoilt, ::8] = torch.inf
+    half.x[spoilt, 1::8] = torch.nan
+    after = run_delta(case, half, **more).cpu()
+    kept = torch.ones(before.shape, dtype=torch.bool)
+    kept[[p for p in range(case.positions) if (p if down else case.of_token(p)) in spoilt]] = False
+    ref.assert_same_bits("deltas of other rows", after, before, kept)
+    active = torch.tensor([group >= 0 for group in case.rows.row_group])
+    assert kept[active].any() and not kept[active].all() and before[active][kept[active]].isfinite().all()
+
+
 @pytest.mark.cuda_only
 @ORDER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
