@@ -107,8 +107,10 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    kept = [item for item in items if _prepare(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    kept, left = [], []
+    for item in items:
+        (kept if _prepare(item) else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 

@@ -27,7 +27,7 @@ class Beside {
 
   const Problem& problem_;
   DeviceBuffer delta_;    // [rows, width]
-  DeviceBuffer scratch_;  //
+  DeviceBuffer scratch_;  // of linear_delta
   SideStream side_;
 };
 

@@ -130,8 +130,8 @@ cudaError_t add_delta_path(const AddDeltaParams& d, cudaStream_t stream) {
   if (error != cudaSuccess || task.width == 0) return error;
   LaunchShape shape = shape_of(task, 256);
   shape.overlap = true;
-  return d.lora.dtype == DType::kBFloat16 ? launch<&add_delta<__nv_bfloat16>>(device, shape, task, stream)
-                                          : launch<&add_delta<__half>>(device, shape, task, stream);
+  return dispatch_16_bit(
+      d.lora.dtype, [&](auto element) { return launch<&add_delta<decltype(element)>>(device, shape, task, stream); });
 }
 
 cudaError_t add_delta_general_path(const AddDeltaParams& d, cudaStream_t stream) {

@@ -135,8 +135,8 @@ cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
   }
   if (error != cudaSuccess) return error;
   const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);
-  return p.dtype == DType::kBFloat16 ? launch<&embedding_wide<__nv_bfloat16>>(device, shape, params, stream)
-                                     : launch<&embedding_wide<__half>>(device, shape, params, stream);
+  return dispatch_16_bit(
+      p.dtype, [&](auto element) { return launch<&embedding_wide<decltype(element)>>(device, shape, params, stream); });
 }
 
 }  // namespace polylora::cuda

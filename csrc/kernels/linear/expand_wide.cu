@@ -151,8 +151,7 @@ cudaError_t expand(ExpandTask& params, int64_t ranks, cudaStream_t stream) {
 }
 
 cudaError_t expand(ExpandTask& params, const LoraParams& p, int64_t ranks, cudaStream_t stream) {
-  return p.dtype == DType::kBFloat16 ? expand<__nv_bfloat16>(params, ranks, stream)
-                                     : expand<__half>(params, ranks, stream);
+  return dispatch_16_bit(p.dtype, [&](auto element) { return expand<decltype(element)>(params, ranks, stream); });
 }
 
 }  // namespace

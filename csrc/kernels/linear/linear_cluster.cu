@@ -375,8 +375,8 @@ cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
   shape.smem_bytes = how.params.smem.bytes;
   shape.cluster = 1 << task.blocks_log2;
   shape.overlap = true;
-  return p.dtype == DType::kBFloat16 ? launch_cluster<__nv_bfloat16>(device, shape, how, stream)
-                                     : launch_cluster<__half>(device, shape, how, stream);
+  return dispatch_16_bit(p.dtype,
+                         [&](auto element) { return launch_cluster<decltype(element)>(device, shape, how, stream); });
 }
 
 }  // namespace polylora::cuda

@@ -392,8 +392,8 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   if (p.y != nullptr && clusters.blocks >= task.slices) share_parts(task, clusters.blocks);
   const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);
   const int tiles = expected_rank_tiles(p);
-  return p.dtype == DType::kBFloat16 ? launch_wide<__nv_bfloat16>(tiles, device, shape, task, stream)
-                                     : launch_wide<__half>(tiles, device, shape, task, stream);
+  return dispatch_16_bit(
+      p.dtype, [&](auto element) { return launch_wide<decltype(element)>(tiles, device, shape, task, stream); });
 }
 
 }  // namespace polylora::cuda

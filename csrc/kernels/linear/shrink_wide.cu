@@ -166,8 +166,7 @@ cudaError_t shrink_mma_path(const LoraParams& p, int planes, cudaStream_t stream
   how.shape.threads = kThreads;
   how.shape.overlap = true;
   const int tiles = expected_rank_tiles(p);
-  return p.dtype == DType::kBFloat16 ? launch_shrink<__nv_bfloat16>(how, tiles, stream)
-                                     : launch_shrink<__half>(how, tiles, stream);
+  return dispatch_16_bit(p.dtype, [&](auto element) { return launch_shrink<decltype(element)>(how, tiles, stream); });
 }
 
 }  // namespace polylora::cuda

@@ -172,8 +172,9 @@ cudaError_t moe_down_few_path(const DownReduceParams& d, int planes, cudaStream_
   shape.threads = kThreads;
   shape.smem_bytes = sizeof(FewSmem) + int64_t{d.top_k} * task.v_pitch * int64_t{sizeof(float)};
   shape.overlap = true;
-  return d.lora.dtype == DType::kBFloat16 ? launch<&moe_down_few<__nv_bfloat16>>(device, shape, task, stream)
-                                          : launch<&moe_down_few<__half>>(device, shape, task, stream);
+  return dispatch_16_bit(d.lora.dtype, [&](auto element) {
+    return launch<&moe_down_few<decltype(element)>>(device, shape, task, stream);
+  });
 }
 
 }  // namespace polylora::cuda

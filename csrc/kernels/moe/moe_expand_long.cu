@@ -33,13 +33,11 @@ static_assert(kStreamThreads == kWideTileRows);
 /// Looks up a tile, a row a thread; the block calls it.
 __device__ __forceinline__ void load_item(const StreamTask& task, int index, LongItem& to) {
   const int j = static_cast<int>(threadIdx.x);
-  const int4 tile = ptx::load_fresh16(task.tile + index);
-  const int rows = min(max(tile.z, 1), kWideTileRows);
-  const int pos = min(max(tile.y, 0), task.rows - 1);
-  const int row = row_at(task, pos + min(j, rows - 1));
+  const PlanTile tile(task, task.tile + index, kWideTileRows);
+  const int row = row_at(task, tile.pos + min(j, tile.rows - 1));
   if (j == 0) {
-    load_ranks(task, tile.x, to);
-    to.rows = rows;
+    load_ranks(task, tile.group, to);
+    to.rows = tile.rows;
   }
   to.row[j] = {row, task.row_weight != nullptr ? task.row_weight[pair_of(task, row)] : 1.f};
   __syncthreads();
@@ -54,7 +52,7 @@ __device__ __forceinline__ void make_long_v(const ExpandTask& task, const LongIt
   const StreamTask& stream = task.stream;
   const int first = static_cast<int>(threadIdx.x) / kThreadsARow;
   const int column = static_cast<int>(threadIdx.x) % kThreadsARow * 4;
-  const int of_first = (item.rank[0] + kRankTile - 1) / kRankTile;
+  const int of_first = item.tiles_of_first();
 #pragma unroll 1
   for (int tile = 0; tile < item.rank_tiles; ++tile) {
     const int s = tile < of_first ? 0 : 1;
@@ -249,8 +247,7 @@ __global__ void __launch_bounds__(kStreamThreads, blocks_of(kSlices* kSteps))
 
 // Tiles are wide ones, and v stands as in the planes.
 void to_wide_tiles(const LoraParams& p, ExpandTask& task) {
-  task.stream.tile = p.plan.wide_tile;
-  task.stream.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  to_wide_tiles(p, task.stream);
   task.v_pitch = task.stream.plane_width + 8;  // an odd number of 16-byte pieces: no bank conflicts
 }
 
@@ -297,8 +294,8 @@ bool moe_expand_long_serves(const LoraParams& p, int64_t out_stride) {
   if (current_device(device) != cudaSuccess) return false;
   ExpandTask task = expand_task(p, 1);
   to_wide_tiles(p, task);
-  return p.rows >= kLongRun * int64_t{p.slices.groups} && !p.v_of_x && even_rank(p) <= 4 * kRankTile &&
-         smem_bytes(task) <= device.smem_bytes && p.y_stride <= INT32_MAX && out_stride <= INT32_MAX;
+  return has_long_runs(p) && !p.v_of_x && even_rank(p) <= 4 * kRankTile && smem_bytes(task) <= device.smem_bytes &&
+         p.y_stride <= INT32_MAX && out_stride <= INT32_MAX;
 }
 
 cudaError_t moe_expand_long_act_path(const GateUpActParams& g, int planes, cudaStream_t stream) {

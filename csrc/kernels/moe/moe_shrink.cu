@@ -85,7 +85,7 @@ class ShrinkLoads {
     chunk_ = chunks_.begin;
     tiles_ = min(kTiles, item.rank_tiles - base_);
     whole_ = true;
-    const int of_first = (item.rank[0] + kRankTile - 1) / kRankTile;
+    const int of_first = item.tiles_of_first();
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const int s = base_ + t < of_first ? 0 : 1;
@@ -267,8 +267,8 @@ cudaError_t launch_shrink(const Device& device, const StreamTask& task, DType dt
   const int blocks = most_blocks < blocks_of(kTiles) ? most_blocks : blocks_of(kTiles);
   LaunchShape shape = stream_shape(blocks * device.sms, task.max_tiles, task.parts);
   shape.smem_bytes = sizeof(ShrinkSmem<kTiles>);
-  return dtype == DType::kBFloat16 ? launch<&moe_shrink<__nv_bfloat16, kTiles>>(device, shape, task, stream)
-                                   : launch<&moe_shrink<__half, kTiles>>(device, shape, task, stream);
+  return dispatch_16_bit(
+      dtype, [&](auto element) { return launch<&moe_shrink<decltype(element), kTiles>>(device, shape, task, stream); });
 }
 
 // Of a pass over x: one, two or four, ranks beyond it in further passes. Where shared memory has no room for more,

@@ -60,46 +60,32 @@ __device__ __forceinline__ void load_long_items(const StreamTask& task, int firs
   const int64_t index = first + int64_t{i} * stride;
   if (index < tiles) {
     LongItem& to = item[i];
-    const int4 tile = ptx::load_fresh16(task.tile + index);
-    const int rows = min(max(tile.z, 1), kWideTileRows);
-    const int pos = min(max(tile.y, 0), task.rows - 1);
+    const PlanTile tile(task, task.tile + index, kWideTileRows);
     // all reads of a kind before the first that depends on one of them
     int row[kRows], x_row[kRows];
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       row[n] = 0;
-      if (j + n * kThreadsAUnit < rows) row[n] = row_at(task, pos + j + n * kThreadsAUnit);
+      if (j + n * kThreadsAUnit < tile.rows) row[n] = row_at(task, tile.pos + j + n * kThreadsAUnit);
     }
     if (j == 0) {
-      load_ranks(task, tile.x, to);
-      to.rows = rows;
+      load_ranks(task, tile.group, to);
+      to.rows = tile.rows;
     }
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       x_row[n] = row[n];
-      if (task.x_div > 0 && j + n * kThreadsAUnit < rows) x_row[n] = pair_of(task, row[n]);
+      if (task.x_div > 0 && j + n * kThreadsAUnit < tile.rows) x_row[n] = pair_of(task, row[n]);
     }
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
-      if (j + n * kThreadsAUnit >= rows) break;
+      if (j + n * kThreadsAUnit >= tile.rows) break;
       to.row[j + n * kThreadsAUnit] = row[n];
       to.x_row[j + n * kThreadsAUnit] = task.x_div > 0 ? x_row[n] / task.x_div : x_row[n];
     }
   }
   __syncthreads();
 }
-
-/// The chunks of K of a block; at least one.
-struct BlockChunks {
-  int begin, end;
-
-  __device__ __forceinline__ explicit BlockChunks(const StreamTask& task) {
-    const int chunks = (task.k + kChunkK - 1) / kChunkK;
-    const int part = blockIdx.y;
-    begin = chunks * part / task.parts;
-    end = chunks * (part + 1) / task.parts;
-  }
-};
 
 /// What the block asks for, a step at a time, ahead of its products. Units without ranks have no steps.
 template <typename T, int kTiles>
@@ -160,7 +146,7 @@ class LongLoads {
   __device__ __forceinline__ void enter_pass(const LongItem& item) {
     chunk_ = chunks_.begin;
     ranks_ = 0;
-    const int of_first = (item.rank[0] + kRankTile - 1) / kRankTile;
+    const int of_first = item.tiles_of_first();
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const int s = base_ + t < of_first ? 0 : 1;
@@ -340,14 +326,17 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks) moe_shrink_long(const
 #endif
 }
 
+// Of all SMs.
+int64_t all_blocks(const Device& device, int most_blocks) { return min64(kBlocks, most_blocks) * device.sms; }
+
 template <int kTiles>
 cudaError_t launch_shrink(const Device& device, const StreamTask& task, DType dtype, int most_blocks,
                           cudaStream_t stream) {
-  const int blocks = most_blocks < kBlocks ? most_blocks : kBlocks;
-  LaunchShape shape = stream_shape(int64_t{blocks} * device.sms, task.max_tiles, task.parts);
+  LaunchShape shape = stream_shape(all_blocks(device, most_blocks), task.max_tiles, task.parts);
   shape.smem_bytes = sizeof(LongSmem<kTiles>);
-  return dtype == DType::kBFloat16 ? launch<&moe_shrink_long<__nv_bfloat16, kTiles>>(device, shape, task, stream)
-                                   : launch<&moe_shrink_long<__half, kTiles>>(device, shape, task, stream);
+  return dispatch_16_bit(dtype, [&](auto element) {
+    return launch<&moe_shrink_long<decltype(element), kTiles>>(device, shape, task, stream);
+  });
 }
 
 }  // namespace
@@ -358,15 +347,15 @@ bool moe_shrink_long_serves(const LoraParams& p) {
   // its sums are other bits than those of moe_shrink.cu, which short calls take
   if (p.v_of_x || p.k == 0 || batch_invariant()) return false;
   // A is read for at least two tiles' rows, if their groups are hit alike, and there are units for all SMs
-  return p.rows >= kLongRun * int64_t{p.slices.groups} && p.plan.max_wide_tiles >= device.sms;
+  return has_long_runs(p) && p.plan.max_wide_tiles >= device.sms;
 }
 
 cudaError_t moe_long_planes(const LoraParams& p, int most_blocks, int& planes) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = most_blocks < kBlocks ? most_blocks : kBlocks;
-  planes = stream_parts(p.plan.max_wide_tiles, blocks * device.sms, divide_up(p.k, kChunkK) / kStreamWarps);
+  const int64_t most = divide_up(p.k, kChunkK) / kStreamWarps;
+  planes = stream_parts(p.plan.max_wide_tiles, all_blocks(device, most_blocks), most);
   return cudaSuccess;
 }
 
@@ -376,8 +365,7 @@ cudaError_t moe_shrink_long_path(const LoraParams& p, int planes, int most_block
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   StreamTask task = stream_task(p, planes);
-  task.tile = p.plan.wide_tile;
-  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
+  to_wide_tiles(p, task);
   task.parts = planes;
   const int64_t rank_tiles = p.slices.count * divide_up(even_rank(p), kRankTile);
   return (rank_tiles <= 1   ? launch_shrink<1>

@@ -45,9 +45,14 @@ int blocks_beside(const LoraParams& p) {
   return 2 * plan_max_runs(p.rows, p.slices.groups) * even_rank(p) * elements_a_rank > kMuch ? 2 : 1;
 }
 
-// How K is shared by what all but a given v begin with.
-cudaError_t planes_of(const LoraParams& p, int most_blocks, int& planes) {
-  return (moe_shrink_long_serves(p) ? moe_long_planes : moe_planes)(p, most_blocks, planes);
+// What all but a given v begin with, and how it shares K.
+struct Shrink {
+  decltype(&moe_planes) planes;
+  decltype(&moe_shrink_path) path;
+};
+Shrink shrink_of(const LoraParams& p) {
+  return moe_shrink_long_serves(p) ? Shrink{moe_long_planes, moe_shrink_long_path}
+                                   : Shrink{moe_planes, moe_shrink_path};
 }
 
 int64_t plane_bytes_aligned(const LoraParams& p, int planes) { return divide_up(moe_plane_bytes(p, planes), 16) * 16; }
@@ -105,18 +110,18 @@ bool moe_add_reduce_serves(const DownReduceParams& d) {
 
 cudaError_t moe_linear_scratch(const LoraParams& p, int64_t& bytes) {
   int planes = 0;
-  const cudaError_t error = planes_of(p, kAllBlocks, planes);
+  const cudaError_t error = shrink_of(p).planes(p, kAllBlocks, planes);
   bytes = plane_bytes_aligned(p, planes);
   return error;
 }
 
 namespace {
 
-// What all begin with; sets how K was shared.
+// Sets how K was shared.
 cudaError_t shrink(const LoraParams& p, int& planes, cudaStream_t stream, int most_blocks = kAllBlocks) {
-  const cudaError_t error = planes_of(p, most_blocks, planes);
-  if (error != cudaSuccess) return error;
-  return (moe_shrink_long_serves(p) ? moe_shrink_long_path : moe_shrink_path)(p, planes, most_blocks, stream);
+  const Shrink how = shrink_of(p);
+  const cudaError_t error = how.planes(p, most_blocks, planes);
+  return error == cudaSuccess ? how.path(p, planes, most_blocks, stream) : error;
 }
 
 }  // namespace
@@ -144,7 +149,7 @@ cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
   int planes = 0;
   bytes = 0;
   if (p.v_of_x) return cudaSuccess;
-  const cudaError_t error = planes_of(p, blocks_beside(p), planes);
+  const cudaError_t error = shrink_of(p).planes(p, blocks_beside(p), planes);
   bytes = moe_plane_bytes(p, planes);
   return error;
 }

@@ -51,6 +51,9 @@ cudaError_t moe_add_reduce_path(const DownReduceParams& d, cudaStream_t stream);
 #endif
 inline constexpr int64_t kLongRun = POLYLORA_LONG_RUN;
 
+/// Whether most runs are, as far as the capacities tell.
+inline bool has_long_runs(const LoraParams& p) { return p.rows >= kLongRun * int64_t{p.slices.groups}; }
+
 /// The path that serves the call: what linear is for is_moe.
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes);
 cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream);

@@ -54,6 +54,9 @@ struct StreamTile {
   float scale[kStreamSlices];
   int32_t v_col[kStreamSlices];
   int32_t rank_tiles, rows;
+
+  /// How many of the rank tiles are of the first slice; they come first.
+  __device__ __forceinline__ int tiles_of_first() const { return (rank[0] + kRankTile - 1) / kRankTile; }
 };
 
 /// A unit's tile, in shared memory.
@@ -147,6 +150,19 @@ __device__ __forceinline__ int pair_of(const StreamTask& task, int row) {
   return static_cast<uint32_t>(mapped) < static_cast<uint32_t>(task.pairs) ? mapped : 0;
 }
 
+/// A tile of the plan, of `most` rows at most: inside the call, whatever stands there.
+struct PlanTile {
+  int32_t group;
+  int rows, pos;
+
+  __device__ __forceinline__ PlanTile(const StreamTask& task, const Tile* at, int most) {
+    const int4 tile = ptx::load_fresh16(at);
+    group = tile.x;
+    rows = min(max(tile.z, 1), most);
+    pos = min(max(tile.y, 0), task.rows - 1);
+  }
+};
+
 /// Of the tiles first, first + stride, ... below `tiles`, those of a batch.
 __device__ __forceinline__ int items_of(int first, int stride, int tiles) {
   return first < tiles ? min(kBatch, (tiles - first + stride - 1) / stride) : 0;
@@ -162,13 +178,11 @@ __device__ __forceinline__ void load_items(const StreamTask& task, int first, in
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) / kTileRows; i < count; i += kStreamThreads / kTileRows) {
     StreamItem& to = item[i];
-    const int4 tile = ptx::load_fresh16(task.tile + first + i * stride);
-    const int rows = min(max(tile.z, 1), kTileRows);
-    const int pos = min(max(tile.y, 0), task.rows - 1);
-    const int row = row_at(task, pos + min(j, rows - 1));
+    const PlanTile tile(task, task.tile + first + i * stride, kTileRows);
+    const int row = row_at(task, tile.pos + min(j, tile.rows - 1));
     if (j == 0) {
-      load_ranks(task, tile.x, to);
-      to.rows = rows;
+      load_ranks(task, tile.group, to);
+      to.rows = tile.rows;
     }
     const int pair = pair_of(task, row);
     to.row[j] = row;
@@ -178,16 +192,22 @@ __device__ __forceinline__ void load_items(const StreamTask& task, int first, in
   __syncthreads();
 }
 
-/// The chunks of K of a warp: begin, begin + kStreamWarps, ...; at least one step, which may have none.
-struct WarpChunks {
+/// The chunks of K of a block.
+struct BlockChunks {
   int begin, end;
 
-  __device__ __forceinline__ explicit WarpChunks(const StreamTask& task) {
+  __device__ __forceinline__ explicit BlockChunks(const StreamTask& task, int first = 0) {
     const int chunks = (task.k + kChunkK - 1) / kChunkK;
     const int part = blockIdx.y;
-    begin = chunks * part / task.parts + static_cast<int>(threadIdx.x) / 32;
+    begin = chunks * part / task.parts + first;
     end = chunks * (part + 1) / task.parts;
   }
+};
+
+/// Those of a warp: begin, begin + kStreamWarps, ...; at least one step, which may have none.
+struct WarpChunks : BlockChunks {
+  __device__ __forceinline__ explicit WarpChunks(const StreamTask& task)
+      : BlockChunks(task, static_cast<int>(threadIdx.x) / 32) {}
 };
 
 // ---- host
@@ -222,6 +242,12 @@ inline StreamTask stream_task(const LoraParams& p, int planes) {
                      static_cast<int32_t>(min64(p.slices.a_rows[s], INT32_MAX))};
   }
   return task;
+}
+
+/// Units are of wide tiles.
+inline void to_wide_tiles(const LoraParams& p, StreamTask& task) {
+  task.tile = p.plan.wide_tile;
+  task.max_tiles = static_cast<int32_t>(p.plan.max_wide_tiles);
 }
 
 /// Up to `blocks` blocks that take tiles in turn, each a part of them.
