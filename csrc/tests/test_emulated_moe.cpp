@@ -47,6 +47,7 @@ struct Shape {
   Activation act = Activation::kSilu;
   bool y_weighted = false;
   bool apart = false;            // the deltas by an op of their own
+  bool narrow = false;           // by linear's kernels: one expert, a pair a token
   bool v_given = false;          // and v, of each row of x: for gate and up, where all experts share A
   bool shared_a = false;         // one A for gate and up
   bool experts_share_a = false;  // of one adapter
@@ -141,6 +142,7 @@ class Problem {
 
   Op op() const { return shape_.op; }
   bool apart() const { return shape_.apart; }
+  bool narrow() const { return shape_.narrow; }
   bool v_given() const { return shape_.v_given; }
 
   /// v of the rows of x, NaN where no adapter has a rank; sets the pitch.
@@ -822,9 +824,11 @@ cudaError_t fast(Problem& problem) {
   cudaError_t error;
   if (problem.op() == Op::kGateUpAct) {
     GateUpActParams g = problem.gate_up_act_params();
-    error = cuda::moe_gate_up_act_scratch(g, bytes);
+    if (problem.narrow() && !cuda::act_narrow_serves(g)) return cudaErrorNotSupported;
+    error = (problem.narrow() ? cuda::act_narrow_scratch : cuda::moe_gate_up_act_scratch)(g, bytes);
     g.lora.scratch = problem.scratch(bytes);
-    return error == cudaSuccess ? cuda::moe_gate_up_act_path(g, nullptr) : error;
+    if (error != cudaSuccess || g.lora.rows == 0) return error;
+    return (problem.narrow() ? cuda::act_narrow_path : cuda::moe_gate_up_act_path)(g, nullptr);
   }
   if (problem.op() == Op::kDownReduce) {
     DownReduceParams d = problem.down_reduce_params();
@@ -841,7 +845,7 @@ cudaError_t fast(Problem& problem) {
 void run(const std::string& what, const Shape& shape, int runs = 2) {
   Problem problem(shape, std::hash<std::string>()(what));
   check_runs(what, fast, problem, runs);
-  if (shape.apart || shape.op == Op::kGateUp || shape.op == Op::kDown) return;
+  if (shape.apart || shape.narrow || shape.op == Op::kGateUp || shape.op == Op::kDown) return;
   Shape of_two = shape;
   of_two.apart = true;
   run(what + ", apart", of_two, runs);
@@ -1248,6 +1252,89 @@ void activations() {
   }
 }
 
+/// A dense MLP's, by linear's kernels for few rows: jobs of 8 and 16 rows, several a block, all of what a table may
+/// say.
+void few_rows_without_experts() {
+  int turn = 0;
+  const auto run_narrow = [&turn](const std::string& what, Shape shape) {
+    shape.narrow = true;
+    shape.act = ++turn % 3 == 0 ? Activation::kGeluTanh : Activation::kSilu;
+    run("gate_up_act without experts, " + what, shape);
+  };
+  const auto shape_of = [&turn](int64_t rows, int slots, std::vector<int> ranks, const std::string& ids) {
+    Shape shape{Op::kGateUpAct, rows, 1, 96, {72, 72}, std::move(ranks)};
+    shape.dtype = turn % 2 == 0 ? DType::kBFloat16 : DType::kFloat16;
+    shape.slots = slots;
+    shape.experts = 1;
+    shape.ids = ids;
+    return shape;
+  };
+  for (int64_t rows : {1, 2, 7, 9, 17, 40, 70}) {
+    for (int slots : {1, 3, 8}) {
+      for (const char* ids : {"mixed", "each", "skewed", "one", "none"}) {
+        run_narrow(std::to_string(rows) + " rows of " + std::to_string(slots) + ", " + ids,
+                   shape_of(rows, slots, {16, 8, 0, 4, 16, 12, 3, 0, 1}, ids));
+      }
+    }
+  }
+  for (int64_t width : {8, 64, 136, 520, 1040}) {
+    Shape shape = shape_of(20, 2, {16, 8}, "mixed");
+    shape.widths = {width, width};
+    run_narrow("width " + std::to_string(width), shape);
+    shape.odd_b = true;
+    run_narrow("width " + std::to_string(width) + ", odd B", shape);
+  }
+  for (int64_t k : {32, 64, 224, 352}) {
+    Shape shape = shape_of(20, 2, {16, 8, 13, 16}, "mixed");
+    shape.k = k;
+    shape.more_stride = 24;
+    run_narrow("k " + std::to_string(k), shape);
+    shape.more_stride = 0;
+    shape.tight_b = true;
+    run_narrow("k " + std::to_string(k) + ", tight B", shape);
+  }
+  for (const bool noise : {false, true}) {
+    Shape shape = shape_of(40, 5, {16, 0, 8, 24, 40, 0, 16}, "mixed");  // some above an even share
+    shape.stale_is_noise = noise;
+    run_narrow("uneven ranks", shape);
+    shape.shared_a = true;
+    run_narrow("uneven ranks, one A", shape);
+    shape.broken = true;
+    shape.shared_a = false;
+    shape.more_v = 5;
+    run_narrow("broken entries", shape);
+    shape.broken = false;
+    shape.other_plan = true;
+    run_narrow("a plan of other sizes", shape);
+  }
+  for (int sms : {1, 2, 7}) {  // several jobs a block
+    cuda::emulated_device.sms = sms;
+    Shape shape = shape_of(70, 3, {16, 0, 8, 16, 4}, "mixed");
+    shape.widths = {296, 296};
+    run_narrow("on " + std::to_string(sms) + " SMs", shape);
+    shape.slots = 12;
+    run_narrow("of 12 on " + std::to_string(sms) + " SMs", shape);
+  }
+  cuda::emulated_device = {0, 9, 132, 227 * 1024};
+  for (int experts : {1, 4}) {  // what is not served: pairs that share a row of x, one slice, many ranks
+    Shape shape = shape_of(9, 2, {16}, "mixed");
+    shape.experts = experts;
+    const auto serves = [](const Shape& of) { return cuda::act_narrow_serves(Problem(of, 1).gate_up_act_params()); };
+    CHECK(serves(shape), "experts %d: not served", experts);
+    shape.top_k = 2;
+    CHECK(!serves(shape), "pairs of a token: served");
+    shape.top_k = 1;
+    shape.widths = {72};
+    CHECK(!serves(shape), "one slice: served");
+    shape.widths = {72, 72};
+    shape.interleaved = true;
+    CHECK(!serves(shape), "interleaved: served");
+    shape.interleaved = false;
+    shape.ranks = {64};
+    CHECK(!serves(shape), "rank 64: served");
+  }
+}
+
 }  // namespace
 }  // namespace polylora::testing
 
@@ -1263,6 +1350,7 @@ int main(int count, char** names) {
     if (op == Op::kGateUpAct) activations();
     if (op == Op::kGateUpAct) blocks_of_given_v();
     if (op == Op::kGateUpAct) long_runs();
+    if (op == Op::kGateUpAct) few_rows_without_experts();
     shrink_of_long_runs(op);
     if (op == Op::kDown) places_in_long_runs();
     if (op == Op::kDown) choice_of_long_shrink();

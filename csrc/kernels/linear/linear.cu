@@ -34,30 +34,6 @@ constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 // clusters are as good or better.
 constexpr int64_t kFullTilesRows = 64;
 
-// Rows up to which decode's kernels take all of a batch of many adapters, or of low ranks.
-constexpr int64_t kMostDecodeRows = 1024;
-
-// A wide tile for each adapter, however few its rows are, is what slows many adapters down. H200, qkv 4096 ->
-// 4096+1024+1024 r16, decode's and wide, us: 512 rows of 64 adapters 18.9 and 97.9, of 32 15.8 and 51.1, of 16 18.0 and
-// 30.5; 1024 rows of 64 29.4 and 109, of 32 32.6 and 55.5; r64, 512 rows of 32 42.4 and 87.6.
-constexpr int64_t kRowsOfManyAdapters = 32;  // an adapter, at most
-
-// Rows times rank up to which decode's kernels, 16 rows at a time, take a batch of few adapters, too: they read B once
-// for each 16 rows, the wide ones once for each tile, but after a longer start. H200, r16, decode's and wide, us: 300
-// rows of 3 adapters of qkv 8.9 and 12.1, of down 10.6 and 13.5; 512 rows of 8 of qkv 12.0 and 21.7, of 4 of
-// gate_up 27.1 and 28.3; 1024 rows of 4 of qkv 18.1 and 19.0, of down 19.9 and 21.5; 2048 rows 49.9 and 26.6. r64, 512
-// rows of 4 of qkv 22.3 and 21.8, of down 19.3 and 21.6; 1024 rows of qkv 37.8 and 28.9.
-constexpr int64_t kMostDecodeRanks = 1024 * 16;
-
-// Whether a call is decode: its kernels add in another order than those for more rows.
-bool is_few(const LoraParams& params) {
-  if (batch_invariant()) return false;
-  if (params.rows <= kDecodeRows || params.plan.runs == Runs::kShort) return true;
-  const bool many_adapters = params.slices.groups * kRowsOfManyAdapters >= params.rows;
-  const bool few_ranks = params.rows * even_rank(params) <= kMostDecodeRanks;
-  return params.rows <= kMostDecodeRows && (many_adapters || few_ranks);
-}
-
 // Adapters from which on short runs of a longer batch are worth launches of their own.
 constexpr int64_t kManyAdapters = 16;
 

@@ -8,6 +8,7 @@
 // 16 bytes of y at a time, without a transpose.
 #pragma once
 
+#include "linear/paths.h"
 #include "linear/task.cuh"
 
 namespace polylora::cuda {
@@ -201,10 +202,10 @@ struct NarrowShrink {
 };
 
 /// y += scale * v B^T, a unit of outputs at a time. kWide: made for ranks of 32 and more (units of 32 outputs, 64 ranks
-/// at a time), else for less (64 outputs, 16 ranks); both take any rank.
-template <typename T, bool kWide, int kRows>
+/// at a time), else for less (64 outputs, or 32, and 16 ranks); both take any rank.
+template <typename T, bool kWide, int kRows, int kUnitOutputs = kWide ? 32 : 64>
 struct NarrowExpand {
-  static constexpr int kOutputs = kWide ? 32 : 64;
+  static constexpr int kOutputs = kUnitOutputs;
   static constexpr int kHalves = kOutputs / 32;
   static constexpr int kEights = kRows / 8;
 
@@ -339,17 +340,22 @@ struct NarrowExpand {
       const int eight = i / kHalves, half = i % kHalves;
       if (!has_piece(half, eight, has)) continue;
       float delta[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) delta[j] = acc[half * 4 + j / 2][2 * eight + j % 2];
+      take_delta(half, eight, delta);
       ptx::store16(y[eight] + half * 32, add_scaled<T>(y_frag[eight][half], scale, delta));
     }
   }
 
- private:
-  // of this lane's y: the first or second 32 outputs of row g or g + 8
+  /// Of this lane's y, the first or second 32 outputs of row g or g + 8: whether it is there.
   __device__ __forceinline__ bool has_piece(int half, int eight, uint32_t has) const {
     return (has >> eight & 1) != 0 && unit * kOutputs + half * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;
   }
+  /// What is to be added to it, unscaled.
+  __device__ __forceinline__ void take_delta(int half, int eight, float (&delta)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) delta[j] = acc[half * 4 + j / 2][2 * eight + j % 2];
+  }
+
+ private:
   // output 8 * (g / 2) + 2j + g % 2 of 32 is row g of mma j; beyond the width: of the unit's first 8
   __device__ __forceinline__ void set_halves(int b_stride) {
     const int g = threadIdx.x % 32 / 4;
@@ -392,6 +398,30 @@ __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank
 }
 
 // ---- host
+
+// Rows up to which decode's kernels take all of a batch of many adapters, or of low ranks.
+inline constexpr int64_t kMostDecodeRows = 1024;
+
+// A wide tile for each adapter, however few its rows are, is what slows many adapters down. H200, qkv 4096 ->
+// 4096+1024+1024 r16, decode's and wide, us: 512 rows of 64 adapters 18.9 and 97.9, of 32 15.8 and 51.1, of 16 18.0 and
+// 30.5; 1024 rows of 64 29.4 and 109, of 32 32.6 and 55.5; r64, 512 rows of 32 42.4 and 87.6.
+inline constexpr int64_t kRowsOfManyAdapters = 32;  // an adapter, at most
+
+// Rows times rank up to which decode's kernels, 16 rows at a time, take a batch of few adapters, too: they read B once
+// for each 16 rows, the wide ones once for each tile, but after a longer start. H200, r16, decode's and wide, us: 300
+// rows of 3 adapters of qkv 8.9 and 12.1, of down 10.6 and 13.5; 512 rows of 8 of qkv 12.0 and 21.7, of 4 of
+// gate_up 27.1 and 28.3; 1024 rows of 4 of qkv 18.1 and 19.0, of down 19.9 and 21.5; 2048 rows 49.9 and 26.6. r64, 512
+// rows of 4 of qkv 22.3 and 21.8, of down 19.3 and 21.6; 1024 rows of qkv 37.8 and 28.9.
+inline constexpr int64_t kMostDecodeRanks = 1024 * 16;
+
+/// Whether a call is decode: these kernels add in another order than those for more rows.
+inline bool is_few(const LoraParams& params) {
+  if (batch_invariant()) return false;
+  if (params.rows <= kDecodeRows || params.plan.runs == Runs::kShort) return true;
+  const bool many_adapters = params.slices.groups * kRowsOfManyAdapters >= params.rows;
+  const bool few_ranks = params.rows * even_rank(params) <= kMostDecodeRanks;
+  return params.rows <= kMostDecodeRows && (many_adapters || few_ranks);
+}
 
 /// Jobs of a call, as far as its capacities tell. Short runs are a tile each, most of them of few rows.
 inline int64_t narrow_jobs(const LoraParams& p) {

@@ -141,13 +141,14 @@ __device__ __forceinline__ void put_together(uint4 gate, uint4 up, uint4& low, u
 /// Groups of outputs of rows without an adapter that make a block worth while.
 inline constexpr int kGroupsOfBaseRows = 32;
 
-/// h of the rows that no adapter touches: they stand in no tile. Warps take pieces of 256 outputs of a row.
-template <typename T, int kSlices>
+/// h of the rows that no adapter touches: they stand in no tile. Warps, kWarps a block, take pieces of 256 outputs of a
+/// row.
+template <typename T, int kSlices, int kWarps = kStreamWarps>
 __device__ __forceinline__ void activate_base_rows(const ExpandTask& task) {
   constexpr int kPiece = 256;
   const int lane = threadIdx.x % 32;
-  const int warps = gridDim.x * gridDim.y * kStreamWarps;
-  const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * kStreamWarps + threadIdx.x / 32;
+  const int warps = gridDim.x * gridDim.y * kWarps;
+  const int warp = (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + threadIdx.x / 32;
   const int pieces = (task.stream.width + kPiece - 1) / kPiece;
   const int64_t units = int64_t{task.stream.rows} * pieces;
 #pragma unroll 1

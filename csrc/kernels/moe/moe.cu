@@ -1,9 +1,10 @@
 // moe_gate_up_, moe_down_, moe_gate_up_act, moe_down_reduce, moe_delta, moe_act, moe_reduce: the path that serves the
 // call.
 //
-//   mma      streams of weights, 16-bit, aligned, 8.0 and later: moe_stream.cu
+//   mma      streams of weights, 16-bit, aligned, 8.0 and later: moe_stream.cu; few rows without experts: act_narrow.cu
 //   general  everything: shrink_general.cu, expand_general.cu, *_general.cu
 #include "common/choose.h"
+#include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "moe/paths.h"
 #include "polylora/cuda.h"
@@ -24,6 +25,9 @@ bool writes_nothing(const DownReduceParams& d) { return d.tokens == 0 || d.lora.
 cudaError_t choose_seam(const LoraParams& p, bool serves, Path& path) {
   return choose_moe(serves && !adds_nothing(p), path);
 }
+
+// A dense MLP's gate and up go by linear's kernels where linear would.
+bool is_decode_of_mlp(const GateUpActParams& g) { return act_narrow_serves(g) && is_few(g.lora); }
 
 // Zeros in the first `width` bytes of each row. cudaMemset2D takes no pitch of 2 GiB and more; of such rows there are
 // few.
@@ -62,7 +66,8 @@ cudaError_t gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
   Path path;
   const cudaError_t error = choose_seam(g.lora, moe_act_serves(g), path);
   bytes = v_bytes(g.lora);
-  return error == cudaSuccess && path == Path::kMma ? moe_gate_up_act_scratch(g, bytes) : error;
+  if (error != cudaSuccess || path != Path::kMma) return error;
+  return (is_decode_of_mlp(g) ? act_narrow_scratch : moe_gate_up_act_scratch)(g, bytes);
 }
 
 cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
@@ -70,7 +75,7 @@ cudaError_t gate_up_act(const GateUpActParams& g, cudaStream_t stream) {
   Path path;
   cudaError_t error = choose_seam(g.lora, moe_act_serves(g), path);
   if (error != cudaSuccess) return error;
-  if (path == Path::kMma) return moe_gate_up_act_path(g, stream);
+  if (path == Path::kMma) return (is_decode_of_mlp(g) ? act_narrow_path : moe_gate_up_act_path)(g, stream);
   GateUpActParams general = g;
   general.lora = with_v_in_scratch(g.lora);
   if (!adds_nothing(g.lora)) error = shrink_general_path(general.lora, stream);

@@ -22,6 +22,11 @@ bool moe_act_serves(const GateUpActParams& g);
 cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes);
 cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream);
 
+/// The same for few rows of a layer without experts (a pair is a row of x), few ranks, two slices.
+bool act_narrow_serves(const GateUpActParams& g);
+cudaError_t act_narrow_scratch(const GateUpActParams& g, int64_t& bytes);
+cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream);
+
 /// The deltas alone: p.y is [rows, sum of widths].
 cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes);
 cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream);

@@ -1,0 +1,104 @@
+"""moe_gate_up_act and moe_act on a plan of rows: gate and up of a gated MLP that has no experts, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ops
+from polylora.ops import ACTIVATIONS
+from polylora.plan import plan_size
+from polylora.table import SliceTable
+from torch import Tensor, nn
+
+K, RANK = 96, 16
+ACTS = {"silu": nn.functional.silu, "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh")}
+IDS = {
+    "mixed": lambda rows, groups: torch.arange(rows) * 7 % (groups + 1) - 1,
+    "segments": lambda rows, groups: torch.arange(rows) * groups // rows,
+    "one": lambda rows, groups: torch.full((rows,), groups - 1),
+    "none": lambda rows, groups: torch.full((rows,), -1),
+}
+
+
+class Mlp:
+    """Weights of ``groups`` adapters, of ranks 16, 5, 0 and 8 in turn, up of the second one absent; NaN beyond them."""
+
+    def __init__(self, groups: int, width: int, dtype: torch.dtype, device: str, rank: int = RANK) -> None:
+        self.ranks = [[rank, rank], [5, 0], [0, 0], [8, 8]]
+        self.ranks = [self.ranks[g % 4] for g in range(groups)]
+        self.a = [(torch.randn(groups, 1, rank, K) / K**0.5).to(dtype) for _ in range(2)]
+        self.b = [torch.randn(groups, 1, width, rank).to(dtype) for _ in range(2)]
+        for g, pair in enumerate(self.ranks):
+            for s, r in enumerate(pair):
+                self.a[s][g, 0, r:], self.b[s][g, 0, :, r:] = torch.nan, torch.nan
+        self.a, self.b = [t.to(device) for t in self.a], [t.to(device) for t in self.b]
+        self.table = SliceTable.from_vllm(self.a, self.b, self.ranks)
+        self.groups, self.width, self.device, self.dtype = groups, width, device, dtype
+
+    def plan(self, ids: Tensor) -> Tensor:
+        plan = torch.zeros(plan_size(len(ids), self.groups), dtype=torch.int32, device=self.device)
+        ops.plan(plan, ids.to(self.device, torch.int32), self.groups)
+        return plan
+
+    def rows(self, rows: int) -> tuple[Tensor, Tensor]:
+        return tuple(torch.randn(rows, n).to(self.dtype).to(self.device) for n in (2 * self.width, K))
+
+    def h(self, y: Tensor, x: Tensor, ids: Tensor, act: str, dtype: torch.dtype) -> Tensor:
+        """The plain formula, all of it in ``dtype``."""
+        y, x = y.cpu().to(dtype).clone(), x.cpu().to(dtype)
+        for g in sorted(set(ids.tolist()) - {-1}):
+            rows = ids == g
+            for s, r in enumerate(self.ranks[g]):
+                a, b = self.a[s][g, 0, :r].cpu().to(dtype), self.b[s][g, 0, :, :r].cpu().to(dtype)
+                y[rows, s * self.width : (s + 1) * self.width] += (x[rows] @ a.T) @ b.T
+        gate, up = y.chunk(2, 1)
+        return ACTS[act](gate) * up
+
+    def check(self, h: Tensor, y: Tensor, x: Tensor, ids: Tensor, act: str) -> None:
+        h = h.cpu().double()
+        right, naive = (self.h(y, x, ids, act, dtype).double() for dtype in (torch.float64, self.dtype))
+        for g in sorted(set(ids.tolist())):  # of each adapter by itself, and of the rows without
+            rows = ids == g
+            error, allowed = (h - right)[rows].norm(), 2 * (naive - right)[rows].norm()
+            assert error <= allowed, f"group {g}: error {error / right[rows].norm():.2e}, naive {allowed:.2e} / 2"
+
+
+def gate_up_act(mlp: Mlp, y: Tensor, x: Tensor, ids: Tensor, act: str) -> Tensor:
+    t, h = mlp.table, torch.full((len(y), mlp.width), torch.nan, dtype=y.dtype, device=y.device)
+    ops.moe_gate_up_act(h, y, x, t.a, t.b, t.table, mlp.plan(ids), t.widths, t.cols, t.v_width, 1, ACTIVATIONS[act])
+    return h
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("rows, groups", [(1, 1), (5, 3), (16, 16), (64, 4), (128, 8), (200, 3), (300, 40), (700, 4)])
+def test_rows_of_adapters_and_of_none(device, dtype, path, rows, groups, ids):
+    torch.manual_seed(rows)
+    mlp, ids = Mlp(groups, 136, dtype, device), IDS[ids](rows, groups)
+    y, x = mlp.rows(rows)
+    before = y.clone()
+    mlp.check(gate_up_act(mlp, y, x, ids, "silu"), y, x, ids, "silu")
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("width", [8, 72, 1040])
+@pytest.mark.parametrize("rank", [3, 64])
+def test_widths_ranks_and_activations(device, dtype, path, width, rank, act):
+    torch.manual_seed(width)
+    mlp, ids = Mlp(5, width, dtype, device, max(rank, 8)), IDS["mixed"](50, 5)
+    y, x = mlp.rows(50)
+    mlp.check(gate_up_act(mlp, y, x, ids, act), y, x, ids, act)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_deltas_made_before_and_bits_that_are_alike_again(device, dtype, path, rows):
+    """What linear_delta makes, moe_act adds; and one call gives what the call before gave."""
+    mlp, ids = Mlp(3, 72, dtype, device), IDS["mixed"](rows, 3)
+    y, x = mlp.rows(rows)
+    t, plan, delta = mlp.table, mlp.plan(ids), torch.full_like(y, torch.nan)
+    ops.linear_delta(delta, x, t.a, t.b, t.table, plan, t.widths, t.v_width)
+    h = torch.full((rows, 72), torch.nan, dtype=dtype, device=device)
+    ops.moe_act(h, y, delta, t.table, plan, t.widths, t.cols, ACTIVATIONS["silu"])
+    mlp.check(h, y, x, ids, "silu")
+    once, again = (gate_up_act(mlp, y, x, ids, "silu") for _ in range(2))
+    assert torch.equal(once, again)
