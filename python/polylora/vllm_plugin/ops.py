@@ -21,8 +21,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from polylora.table import SliceTable
+from polylora.vllm_plugin.activation import vllms_activation
 from polylora.vllm_plugin.side import may_run_beside, side_stream_of
-from polylora.vllm_plugin.step import Fork, step_of
+from polylora.vllm_plugin.step import Fork, StepRows, step_of
 from polylora.vllm_plugin.tables import announce_whole, table_of_a, table_of_b
 
 #: Rows up to which deltas are made beside the base's GEMM.
@@ -51,15 +53,51 @@ def linear(
         return
     t = table_of_a(a)
     step = step_of(rows)
+    delta = _delta_beside(x, t, step)
+    plan = step.plan(x.size(0))
+    if delta is None:
+        torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
+    else:
+        torch.ops.polylora.add_delta_(y, delta, t.table, plan, t.widths, t.cols)
+
+
+def gate_up_act(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    rows: Tensor,
+    no_lora: Tensor,
+    turn: Tensor,
+    act: int,
+) -> Tensor:
+    """``act(y + delta)`` ``[M, I]`` of gate and up ``y [M, 2 I]``, with the deltas of :func:`linear`.
+
+    ``act``: :data:`polylora.ops.ACTIVATIONS`. Where no row has an adapter, vLLM's own activation.
+    """
+    t = table_of_a(a)
+    if no_lora.item():
+        return vllms_activation(t, y)
+    step = step_of(rows)
+    delta = _delta_beside(x, t, step)
+    plan = step.plan(x.size(0))
+    h = y.new_empty(y.size(0), t.widths[0])
+    if delta is None:
+        torch.ops.polylora.moe_gate_up_act(h, y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width, 1, act)
+    else:
+        torch.ops.polylora.moe_act(h, y, delta, t.table, plan, t.widths, t.cols, act)
+    return h
+
+
+def _delta_beside(x: Tensor, t: SliceTable, step: StepRows) -> Tensor | None:
+    """The deltas of x, made beside the GEMM of the base that :func:`before_base` told of, or None."""
     fork, step.fork = step.fork, None
     if fork is None or (fork.x, fork.table, fork.delta.size(0)) != (x.data_ptr(), t, x.size(0)):
-        plan = step.plan(x.size(0))
-        torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
-        return
+        return None
     with fork.side.fork(fork.mark):
         torch.ops.polylora.linear_delta(fork.delta, x, t.a, t.b, t.table, fork.plan, t.widths, t.v_width)
     fork.side.join()
-    torch.ops.polylora.add_delta_(y, fork.delta, t.table, fork.plan, t.widths, t.cols)
+    return fork.delta
 
 
 def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
@@ -89,14 +127,23 @@ def _by_slice(packed: Tensor, v: Tensor) -> Tensor:
     return packed.view(packed.size(0), v.size(0), -1)[..., : v.size(2)].transpose(0, 1)
 
 
-def _register(name: str, function: Callable[..., None], arguments: str) -> None:
-    _LIBRARY.define(f"{name}({arguments}) -> ()")
+def _register(
+    name: str, function: Callable, arguments: str, result: str = "()", fake: Callable = lambda *args: None
+) -> None:
+    _LIBRARY.define(f"{name}({arguments}) -> {result}")
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, function, device)
-    torch.library.register_fake(f"polylora_vllm::{name}", lambda *args: None, lib=_LIBRARY)
+    torch.library.register_fake(f"polylora_vllm::{name}", fake, lib=_LIBRARY)
 
 
 _register("before_base", before_base, "Tensor(a!) turn, Tensor x, Tensor[] a, Tensor rows, Tensor no_lora")
 _register("linear", linear, "Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor no_lora, Tensor turn")
+_register(
+    "gate_up_act",
+    gate_up_act,
+    "Tensor y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor no_lora, Tensor turn, int act",
+    "Tensor",
+    lambda y, *args: y.new_empty(y.size(0), y.size(1) // 2),
+)
 _register("shrink", shrink, "Tensor(a!) v, Tensor x, Tensor[] a, Tensor rows, Tensor no_lora")
 _register("expand", expand, "Tensor(a!) y, Tensor v, Tensor[] b, Tensor rows, Tensor no_lora, SymInt offset")

@@ -25,7 +25,9 @@ logger = logging.getLogger("vllm.polylora")
 
 _SERVED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _said: set[str] = set()
-_TABLE = "_polylora_table"  # of a layer; private names stay with the layer where vLLM forwards others to its base
+# Of a layer; private names stay with the layer where vLLM forwards others to its base.
+TABLE = "_polylora_table"
+FUSED = "_polylora_activation"  # what activation.py knows of the layer: it gives the activation's output
 
 # By the address of the first slice. A layer's table lives as long as the layer; a table holds its tensors, so that
 # no other tensor can have the address while it is here.
@@ -75,17 +77,19 @@ def follow_layers(wrapper: type, adopt: Callable[[nn.Module], object]) -> None:
     BaseLayerWithLoRA.set_mapping = set_mapping
 
 
-def tell_before_base(wrapper: type) -> None:
-    """Has every adopted linear with a ``wrapper`` tell it when the base's GEMM comes; may be called any number of
-    times."""
+def go_through(wrapper: type) -> None:
+    """Has every adopted linear with a ``wrapper`` tell it when the base's GEMM comes, and leave it the rest where the
+    activation is part of it; may be called any number of times."""
     original = BaseLinearLayerWithLoRA._apply_sync
     if getattr(original, "_polylora", False):
         return
 
     @functools.wraps(original)
     def _apply_sync(self, x, bias=None):
-        if isinstance(self.punica_wrapper, wrapper) and getattr(self, _TABLE, None) is not None:
+        if isinstance(self.punica_wrapper, wrapper) and getattr(self, TABLE, None) is not None:
             self.punica_wrapper.before_base(x, self.lora_a_stacked)
+            if getattr(self, FUSED, None) is not None:
+                return self.punica_wrapper.apply_fused(self, x, bias)
         return original(self, x, bias)
 
     _apply_sync._polylora = True
@@ -94,7 +98,7 @@ def tell_before_base(wrapper: type) -> None:
 
 def adopt(layer: nn.Module) -> None:
     """Makes the layer's table and keeps it up to date from now on. Layers that are not served are named in the log."""
-    if getattr(layer, _TABLE, None) is not None:
+    if getattr(layer, TABLE, None) is not None:
         return
     name = type(layer).__name__
     if not isinstance(layer, BaseLinearLayerWithLoRA | VocabParallelEmbeddingWithLoRA | LogitsProcessorWithLoRA):
@@ -110,7 +114,7 @@ def adopt(layer: nn.Module) -> None:
     with torch.inference_mode(False):  # later adapters may come in either mode
         table = _table_of(layer, a, b)
     _announce(table)
-    setattr(layer, _TABLE, table)
+    setattr(layer, TABLE, table)
     _follow_slots(layer, table)
 
 

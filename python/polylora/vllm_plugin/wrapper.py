@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping
+from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping, MergedColumnParallelLinearWithLoRA
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 from polylora.vllm_plugin import experts
+from polylora.vllm_plugin.activation import follow_models
 from polylora.vllm_plugin.beside import run_beside
 from polylora.vllm_plugin.ops import BESIDE_ROWS  # and torch.ops.polylora_vllm
 from polylora.vllm_plugin.step import StepRows, slots_of
-from polylora.vllm_plugin.tables import adopt, follow_layers, refusal_of_slots, say_once, tell_before_base
+from polylora.vllm_plugin.tables import FUSED, adopt, follow_layers, go_through, refusal_of_slots, say_once
 
 # While torch.compile traces, what is constant there is said there, once; no part of it is left in the model.
 _say_while_tracing = torch.compiler.assume_constant_result(say_once)
@@ -21,7 +22,8 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
     """vLLM's wrapper with polylora's kernels under linears, the experts of MoE layers, embeddings and logits.
 
     - ``update_metadata`` puts a step's rows on the device without a synchronisation.
-    - A layer takes one fused op, on vLLM's slot tensors in place, at the true ranks of the adapters.
+    - A layer takes one fused op, on vLLM's slot tensors in place, at the true ranks of the adapters. Gate and up of a
+      gated MLP have its activation in it (:mod:`polylora.vllm_plugin.activation`).
     - So do the two halves of an MoE layer's experts (``add_lora_w13``, ``add_lora_w2``), in the base's intermediate
       buffers, with one plan of the step's (token, expert) pairs, which the first half makes on the device. Unquantised
       Triton experts have them beside their GEMMs, on another stream (:mod:`polylora.vllm_plugin.beside`).
@@ -41,7 +43,8 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
         follow_layers(PolyloraPunicaWrapper, _adopt)
-        tell_before_base(PolyloraPunicaWrapper)
+        follow_models(PolyloraPunicaWrapper)
+        go_through(PolyloraPunicaWrapper)
         with torch.inference_mode(False):  # steps may come in either mode
             super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
             self._embeddings_indices.zero_()
@@ -110,6 +113,21 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
             super().add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=kwargs.get("add_inputs", True))
             return
         _linear(y, x, lora_a_stacked, lora_b_stacked, self._tokens)
+
+    def apply_fused(self, layer: MergedColumnParallelLinearWithLoRA, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``act(y + (x A^T) B^T)`` ``[..., width]`` of gate and up, with the base's y ``[..., 2 width]``.
+
+        For layers that :mod:`polylora.vllm_plugin.activation` prepared. Calls that are not served give y with its
+        deltas, on which the model's ``act_fn`` goes on working.
+        """
+        y = layer._get_quant_method().apply(layer.base_layer, x, bias)
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        if self._declines(y, x, b, b[0].size(-1), 1.0):
+            return layer._apply_lora_to_output(x, y)
+        step, fused = self._tokens, getattr(layer, FUSED)
+        rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        h = torch.ops.polylora_vllm.gate_up_act(*rows, list(a), list(b), step.rows, step.no_lora, step.turn, fused.code)
+        return h.view(*y.shape[:-1], fused.width)
 
     def add_lora_logits(
         self,
