@@ -1,28 +1,23 @@
 """vLLM's plugin: puts polylora's kernels behind vLLM's LoRA layers, without a change to vLLM.
 
-:func:`register` is for vLLM's entry point group ``vllm.general_plugins``, which vLLM calls in every process. It is not
-among this package's entry points yet; to turn it on, put a folder on ``PYTHONPATH`` that holds
-``polylora_vllm-0.1.dist-info/METADATA`` and, beside it, ``entry_points.txt``::
-
-    Metadata-Version: 2.1
-    Name: polylora-vllm
-    Version: 0.1
-
-    [vllm.general_plugins]
-    polylora = polylora_vllm:register
-
-Where ``VLLM_PLUGINS`` is set, it must name ``polylora``. Then, at the start of a worker, vLLM logs ``Using
-PolyloraPunicaWrapper.``; what it leaves to vLLM's own kernels, and why: :mod:`polylora.vllm_plugin`.
+:func:`register` is this package's entry point in vLLM's group ``vllm.general_plugins``, which vLLM calls in every
+process, with LoRA or without. Nothing else turns it on: where polylora is installed beside vLLM, a server started with
+``--enable-lora`` uses it, and logs ``Using PolyloraPunicaWrapper.`` in its workers. What it leaves to vLLM's own
+kernels, and why: :mod:`polylora.vllm_plugin`.
 
 ``POLYLORA_VLLM=0`` turns it off, ``POLYLORA_VLLM_BESIDE=0`` only the side streams
-(``polylora/vllm_plugin/beside.py``). A vLLM of another minor version than :data:`SUPPORTED`, a platform that is not
-CUDA, or a polylora that cannot be loaded leave vLLM as it is, and one line in the log says so.
+(``polylora/vllm_plugin/beside.py``). Where ``VLLM_PLUGINS`` is set, it must name ``polylora``. Whatever else stands
+against it leaves vLLM as it is, and one line in the log of a process says so: at the start a vLLM of another minor
+version than :data:`SUPPORTED`, a platform that is not CUDA, or anything unforeseen; as soon as LoRA is used a polylora
+that cannot be loaded.
 
-A module beside the package, because the package loads the library of ops, which is one of the things that can fail.
+A module beside the package, because the package loads torch and the library of ops: that takes time, and it can fail.
+A server without LoRA never loads it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -40,15 +35,23 @@ def register() -> None:
     """Makes vLLM use :data:`WRAPPER` for every LoRA model of this process. May be called any number of times."""
     if os.environ.get("POLYLORA_VLLM", "1") == "0":
         return
-    reason = _refusal()
-    if reason is not None:
-        logger.warning("polylora: %s; vLLM's own LoRA kernels stay.", reason)
-        return
-    from vllm.config.lora import LoRAConfig
-    from vllm.platforms import current_platform
+    try:
+        reason = _refusal()
+        if reason is None:
+            from vllm.config.lora import LoRAConfig
+            from vllm.platforms import current_platform
 
-    _choose_wrapper(type(current_platform))
-    _mark_hash(LoRAConfig)
+            _mark_hash(LoRAConfig)
+            _choose_wrapper(type(current_platform))
+    except Exception as error:  # vLLM would not catch it, and a server that can serve without polylora must start
+        reason = f"this vLLM cannot be given its kernels ({type(error).__name__}: {error})"
+    if reason is not None:
+        _say(reason)
+
+
+@functools.cache  # once a process
+def _say(reason: str) -> None:
+    logger.warning("polylora: %s; vLLM's own LoRA kernels stay.", reason)
 
 
 def _refusal() -> str | None:
@@ -61,18 +64,34 @@ def _refusal() -> str | None:
 
     if not current_platform.is_cuda():
         return f"the platform is not CUDA ({type(current_platform).__name__})"
-    try:
-        polylora = importlib.import_module("polylora")
-    except Exception as error:  # whatever it is, a server that can serve without polylora must start
-        return f"it cannot be loaded ({type(error).__name__}: {error})"
-    if not polylora.has_cuda_kernels():
-        return "its library was built without CUDA kernels"
     return None
 
 
+@functools.cache  # the first answer of a process holds
+def _loads(module: str = "polylora") -> bool:
+    """Loads a module of the package; whether vLLM can have its kernels. Otherwise the log says why not."""
+    try:
+        importlib.import_module(module)
+        has_kernels = importlib.import_module("polylora").has_cuda_kernels()
+        reason = None if has_kernels else "its library was built without CUDA kernels"
+    except Exception as error:  # whatever it is, see register()
+        reason = f"it cannot be loaded ({type(error).__name__}: {error})"
+    if reason is not None:
+        _say(reason)
+    return reason is None
+
+
 def _choose_wrapper(platform: type) -> None:
-    """vLLM asks its platform for the wrapper's name whenever it builds one."""
-    platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+    """vLLM asks its platform for the wrapper's name whenever it builds one, which it does for LoRA alone."""
+    original = platform.get_punica_wrapper
+    if getattr(original, "_polylora", False):
+        return
+
+    def get_punica_wrapper(cls) -> str:
+        return WRAPPER if _loads() and _loads(WRAPPER.rpartition(".")[0]) else original()
+
+    get_punica_wrapper._polylora = True
+    platform.get_punica_wrapper = classmethod(get_punica_wrapper)
 
 
 def _mark_hash(config: type) -> None:
@@ -86,7 +105,7 @@ def _mark_hash(config: type) -> None:
         return
 
     def compute_hash(self) -> str:
-        return f"{original(self)}-polylora-{VERSION}"
+        return f"{original(self)}-polylora-{VERSION}" if _loads() else original(self)
 
     compute_hash._polylora = True
     config.compute_hash = compute_hash

@@ -1,11 +1,15 @@
-"""The source distribution holds what a build needs, and nothing built; a library of other sources is refused."""
+"""The source distribution holds what a build needs, and nothing built; what is installed tells engines of its plugins;
+a library of other sources is refused.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import EntryPoint, PathDistribution
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -36,8 +40,8 @@ NEEDED = [
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> set[str]:
-    """Names in the archive. Packed from a copy: setuptools leaves an egg-info beside the sources."""
+def tree(tmp_path_factory) -> Path:
+    """A copy of the sources: setuptools leaves an egg-info beside them."""
     if not (ROOT / "MANIFEST.in").exists():
         pytest.skip("not a source checkout")
     tmp = tmp_path_factory.mktemp("sdist")
@@ -48,9 +52,16 @@ def sdist(tmp_path_factory) -> set[str]:
     for stray in ("__pycache__/stray.cpython-311.pyc", ".hypothesis/stray"):
         (tmp / "tree/tests" / stray).parent.mkdir()
         (tmp / "tree/tests" / stray).touch()
-    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "--dist-dir", str(tmp / "dist")]
-    subprocess.run(command, cwd=tmp / "tree", check=True, capture_output=True)
-    (archive,) = (tmp / "dist").glob("*.tar.gz")
+    return tmp / "tree"
+
+
+@pytest.fixture(scope="module")
+def sdist(tree) -> set[str]:
+    """Names in the archive."""
+    dist = tree.parent / "dist"
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "--dist-dir", str(dist)]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    (archive,) = dist.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         return {str(PurePosixPath(*PurePosixPath(m.name).parts[1:])) for m in tar.getmembers() if m.isfile()}
 
@@ -64,6 +75,49 @@ def test_everything_a_build_needs_is_in_the_sdist(sdist):
 def test_nothing_built_is_in_the_sdist(sdist):
     built = [n for n in sdist if n.endswith((".so", ".pyc", ".o")) or "stray" in n or n.startswith("build/")]
     assert not built
+
+
+# ------------------------------------------------------------------------------------------------- plugins of engines
+
+PLUGINS = [("vllm", "vllm.general_plugins", "POLYLORA_VLLM"), ("sglang", "sglang.srt.plugins", "POLYLORA_SGLANG")]
+
+
+@pytest.fixture(scope="module")
+def installed(tree) -> PathDistribution:
+    """The metadata that is installed."""
+    (tree.parent / "info").mkdir()
+    command = [sys.executable, "setup.py", "-q", "dist_info", "--output-dir", str(tree.parent / "info")]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    (info,) = (tree.parent / "info").glob("*.dist-info")
+    return PathDistribution(info)
+
+
+def call(point: EntryPoint, engine: str, **environment: str) -> subprocess.CompletedProcess:
+    """Loads and calls an entry point as an engine does, where neither the engine nor torch can be imported."""
+    fields = (point.name, point.value, point.group)
+    code = (
+        f"import sys; sys.modules.update(torch=None, {engine}=None)\n"
+        f"from importlib.metadata import EntryPoint; EntryPoint{fields}.load()()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python")} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("engine", "group", "switch"), PLUGINS)
+def test_engines_find_the_plugin_where_the_package_is_installed(installed, engine, group, switch):
+    (point,) = installed.entry_points.select(group=group)
+    assert point.name == "polylora"
+    result = call(point, engine, **{switch: "0"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_vllms_plugin_raises_nothing(installed):
+    """vLLM calls it in every process and does not catch what it raises."""
+    (point,) = installed.entry_points.select(group="vllm.general_plugins")
+    result = call(point, "vllm", POLYLORA_VLLM="1")
+    assert result.returncode == 0 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("polylora: this vLLM cannot be given its kernels (ModuleNotFoundError: ")
 
 
 @pytest.mark.parametrize("name", ["polylora", "polylora_meta"])

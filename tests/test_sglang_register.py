@@ -86,7 +86,7 @@ def test_the_package_declares_the_entry_point():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"] == {plugins.GENERAL_PLUGINS_GROUP: {"polylora": "polylora_sglang:register"}}
+    assert project["entry-points"][plugins.GENERAL_PLUGINS_GROUP] == {"polylora": "polylora_sglang:register"}
 
 
 def left_alone() -> None:

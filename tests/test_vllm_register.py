@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import vllm_source
@@ -16,6 +18,7 @@ import polylora  # noqa: E402
 import polylora_vllm  # noqa: E402
 import vllm  # noqa: E402
 import vllm.platforms  # noqa: E402
+from vllm import plugins  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper  # noqa: E402
 from vllm.platforms.interface import Platform, PlatformEnum  # noqa: E402
@@ -45,7 +48,11 @@ def machine(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="vllm.polylora")
     platform = cuda_platform()
     monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
-    return platform
+    for cached in (polylora_vllm._loads, polylora_vllm._say):
+        cached.cache_clear()
+    yield platform
+    for cached in (polylora_vllm._loads, polylora_vllm._say):
+        cached.cache_clear()
 
 
 def said(caplog):
@@ -60,6 +67,36 @@ def test_vllm_asks_for_our_wrapper(machine, caplog, monkeypatch):
     assert said(caplog) == []
 
 
+def test_vllm_calls_the_entry_point(machine, caplog, monkeypatch):
+    """As vLLM does in every process: by its group, and once."""
+    point = importlib.metadata.EntryPoint("polylora", "polylora_vllm:register", plugins.DEFAULT_PLUGINS_GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == point.group else [])
+    monkeypatch.setattr(plugins, "plugins_loaded", False)
+    plugins.load_general_plugins()
+    assert machine.get_punica_wrapper() == polylora_vllm.WRAPPER and said(caplog) == []
+
+
+def test_the_package_declares_the_entry_point():
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib is of Python 3.11")
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"][plugins.DEFAULT_PLUGINS_GROUP] == {"polylora": "polylora_vllm:register"}
+
+
+def test_a_server_without_lora_does_not_load_the_package(machine, monkeypatch):
+    """vLLM asks for a wrapper, and for the hash of the LoRA settings, where there is LoRA alone."""
+    loaded = []
+    monkeypatch.setattr(importlib, "import_module", lambda name: loaded.append(name) or polylora)
+    polylora_vllm.register()
+    assert not loaded
+    LoRAConfig(**CONFIG).compute_hash()
+    assert set(loaded) == {"polylora"}
+    machine.get_punica_wrapper()
+    assert set(loaded) == {"polylora", "polylora.vllm_plugin.wrapper"}
+
+
 def test_compile_caches_do_not_mix(machine):
     before = LoRAConfig(**CONFIG).compute_hash()
     polylora_vllm.register()
@@ -72,6 +109,7 @@ def test_compile_caches_do_not_mix(machine):
 
 def left_alone(machine, caplog) -> list[str]:
     before = LoRAConfig(**CONFIG).compute_hash()
+    polylora_vllm.register()
     polylora_vllm.register()
     assert machine.get_punica_wrapper() == ADDRESS
     assert LoRAConfig(**CONFIG).compute_hash() == before
@@ -120,6 +158,34 @@ def test_library_that_does_not_load(machine, caplog, monkeypatch):
     assert left_alone(machine, caplog) == [
         "polylora: it cannot be loaded (ImportError: polylora: lib/libpolylora_ops.so is missing); "
         "vLLM's own LoRA kernels stay."
+    ]
+
+
+def test_wrapper_that_does_not_load(machine, caplog, monkeypatch):
+    """As a later patch of vLLM might bring about."""
+
+    def refuse(name):
+        if name == "polylora":
+            return polylora
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    polylora_vllm.register()
+    assert machine.get_punica_wrapper() == ADDRESS
+    assert said(caplog) == [
+        "polylora: it cannot be loaded (ImportError: no polylora.vllm_plugin.wrapper); vLLM's own LoRA kernels stay."
+    ]
+
+
+def test_nothing_is_raised_into_vllm(machine, caplog, monkeypatch):
+    """vLLM does not catch what a plugin raises when it is called."""
+
+    def fail():
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(machine, "is_cuda", fail, raising=False)
+    assert left_alone(machine, caplog) == [
+        "polylora: this vLLM cannot be given its kernels (RuntimeError: no such thing); vLLM's own LoRA kernels stay."
     ]
 
 
