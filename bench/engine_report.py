@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -79,8 +80,13 @@ def compare(ours: dict[str, dict], theirs: dict[str, dict], tolerance: float) ->
     A tie: where the tokens part, each side's own log-probabilities of the two lie within ``tolerance``. ``before`` is
     the largest difference of a chosen token's log-probability up to there, ``at`` that of the two tokens there. What
     comes after has other texts before it and says nothing. ``silent``: adapters that leave each text as the base's.
+    ``first``: how far log-probabilities of the first token differ, root mean square over all tokens that both sides
+    name there: of all that is compared, this alone has the same text before it.
     """
     found: dict[str, Any] = {"requests": len(ours), "equal": 0, "ties": 0, "apart": [], "before": 0.0, "at": 0.0}
+    firsts = [[dict(side["logprobs"][0]) for side in (mine, theirs[name])] for name, mine in ours.items()]
+    squares = [(p[token] - q[token]) ** 2 for p, q in firsts for token in p.keys() & q.keys()]
+    found["first"] = (sum(squares) / len(squares)) ** 0.5 if squares else math.inf
     changed = {r["adapter"]: False for r in ours.values() if r["adapter"] is not None}
     plain = {tuple(r["prompt"]): r["tokens"] for r in ours.values() if r["adapter"] is None}
     for name, mine in ours.items():

@@ -124,7 +124,10 @@ def run(spec: dict, engine: Any, record: Callable[[dict], None], say: Callable[[
         rows = requests(batch, prompt, output, adapters + 1, LOGPROBS)  # one prompt for the base and all adapters
         rows = [r._replace(prompt=rows[i // (adapters + 1)].prompt) for i, r in enumerate(rows)]
         rows = [r._replace(adapter=r.adapter - 1 if r.adapter else None) for r in rows]
-        record({"kind": "generated", "side": side, "requests": generate(engine, rows)})
+        record({"kind": "generated", "side": side, "alone": False, "requests": generate(engine, rows)})
+        if side == "vllm":  # how far it is from itself, in batches of other sizes
+            alone = {r.name: generate(engine, [r._replace(name="0")])["0"] for r in rows}
+            record({"kind": "generated", "side": side, "alone": True, "requests": alone})
     for i, (adapters, batch, prompt, output) in enumerate(spec["cells"]):
         say(f"{side}: {i + 1} of {len(spec['cells'])}: batch {batch}, {adapters} adapters, prompt {prompt}")
         cell = {"kind": "engine", "side": side, "adapters": adapters, "batch": batch, "prompt": prompt}

@@ -44,15 +44,19 @@ VERSIONS = {"bench_versions": {"vllm": "made up", "device": "a card"}}
 class MadeUpEngine:
     """Prefills ``prefills`` requests a step, then decodes all; a step takes as long as its side says."""
 
-    def __init__(self, side="vllm", prefills=4, wrappers=None, kernels=None, odd=None, at_once=10**9):
+    def __init__(
+        self, side="vllm", prefills=4, wrappers=None, kernels=None, odd=None, at_once=10**9, only_alone=False, bias=0.0
+    ):
         self.now, self.side, self.prefills, self.at_once = 0.0, side, prefills, at_once
-        self.left, self.done, self.odd = [], {}, odd
+        self.left, self.done, self.odd, self.only_alone, self.bias = [], {}, odd, only_alone, bias
+        self.by_itself = False
         names = engine_side.WRAPPERS[side] if wrappers is None else wrappers
         self.wrappers = dict.fromkeys(names, 7)
         launched = {"base": (0, 0), "vllm": (0, 3), "polylora": (3, 0)}[side]
         self.kernels = kernels or {"all": 9, "polylora": launched[0], "vllm": launched[1]}
 
     def add(self, request):
+        self.by_itself = not self.left
         self.left.append(request)
         self.done[request.name] = 0
 
@@ -63,10 +67,10 @@ class MadeUpEngine:
         for request in new + old:
             self.done[request.name] += 1
         self.left = [r for r in self.left if self.done[r.name] < r.output]
-        return [(r.name, [self._token(r)], [{self._token(r): -0.1, 3: -0.15}]) for r in new + old]
+        return [(r.name, [self._token(r)], [{self._token(r): -0.1 + self.bias, 3: -0.15}]) for r in new + old]
 
     def _token(self, request):
-        if self.odd and self.done[request.name] == 5:
+        if self.odd and self.done[request.name] == 5 and (not self.only_alone or self.by_itself):
             return self.odd
         return 20 + (request.adapter if request.adapter is not None else -1)
 
@@ -290,9 +294,17 @@ def test_a_batch_without_a_time_fails_and_the_others_are_there(small, capsys):
 def test_comparing(small, capsys):
     options = arguments(small, "--compare")
     assert engine_vllm.main(options, made_up()) == DONE
-    assert "4 greedy texts: 4 equal, 0 part at a tie, 0 apart" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "polylora: 4 greedy texts: 4 equal to vLLM's, 0 part at a tie, 0 apart" in out
+    assert "vLLM, requests by themselves: 4 greedy texts: 4 equal" in out
     assert engine_vllm.main(options, made_up(polylora={"odd": 9})) == NO
     assert "requests beyond the tolerance: 0, 1, 2, 3" in capsys.readouterr().err
+    # vLLM's own texts part as well where the batch is another
+    noisy = {"odd": 8, "only_alone": True}
+    assert engine_vllm.main(options, made_up(polylora={"odd": 9}, vllm=noisy)) == DONE
+    capsys.readouterr()
+    assert engine_vllm.main(options, made_up(polylora={"odd": 9, "bias": 0.3}, vllm=noisy)) == NO
+    assert "first tokens differ by 0.2121, vLLM's from its own by 0.0000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
