@@ -801,19 +801,25 @@ def expected_act(case: MoeCase, half: MoeHalf, act: str, alpha: float, limit: fl
     for g in sorted(set(case.rows.row_group) - {NO_ROW}):
         at = ref.rows_of(case.rows.row_group, g)
         pieces = [whole[at[:, None], c[None, :]] for c in cols]
-        exact = ref.activate(act, [p.exact for p in pieces], alpha, limit)
-        naive = ref.activate(act, [p.naive for p in pieces], alpha, limit)
-        slack = 4 * ref.UNIT[torch.float32] * exact.abs()
-        for i, _piece in enumerate(pieces):
-            for sign in (-1, 1):
-                moved = [p.exact + sign * p.slack if j == i else p.exact for j, p in enumerate(pieces)]
-                slack = torch.maximum(slack, (ref.activate(act, moved, alpha, limit) - exact).abs())
+        h = activated(act, pieces, alpha, limit)
         rank = max([part.rank for part in half.parts if part.what.startswith(f"group {g} ")], default=0)
         base = ref.activate(act, [half.y.before[half.y.inside][at][:, c].double() for c in cols], alpha, limit)
-        delta = exact - base if rank else None
-        parts.append(Part(f"h of group {g}", at, torch.arange(width), Product(exact, naive, slack), delta, rank))
+        delta = h.exact - base if rank else None
+        parts.append(Part(f"h of group {g}", at, torch.arange(width), h, delta, rank))
     assert_lora_matters(parts)
     return parts
+
+
+def activated(act: str, pieces: list[Product], alpha: float = 1.702, limit: float = 7.0) -> Product:
+    """The activation of one slice, or of gate and up."""
+    exact = ref.activate(act, [p.exact for p in pieces], alpha, limit)
+    naive = ref.activate(act, [p.naive for p in pieces], alpha, limit)
+    slack = 4 * ref.UNIT[torch.float32] * exact.abs()
+    for i, _piece in enumerate(pieces):
+        for sign in (-1, 1):
+            moved = [p.exact + sign * p.slack if j == i else p.exact for j, p in enumerate(pieces)]
+            slack = torch.maximum(slack, (ref.activate(act, moved, alpha, limit) - exact).abs())
+    return Product(exact, naive, slack)
 
 
 def expected_reduce(case: MoeCase, half: MoeHalf, y2_weighted: bool) -> list[Part]:

@@ -40,6 +40,7 @@ def here(device):
     """New tensors are made on the device of the test, layers under a configuration of vLLM's."""
     torch.manual_seed(0)
     tables._said.clear()
+    vllm_source.calls.clear()
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device))):
         torch.set_default_device(None if device == "cpu" else device)
         yield
@@ -65,9 +66,11 @@ class Setting:
     RANKS = {1: (16, 16), 2: (8, 0), 3: (5, 5)}
     SLOT_IDS = [2, None, 1, 3]
 
-    def __init__(self, dtype=torch.bfloat16, act="silu", mlp=Mlp, inner=INNER, tokens=256, **attributes) -> None:
+    def __init__(
+        self, dtype=torch.bfloat16, act="silu", mlp=Mlp, inner=INNER, tokens=256, room=RANK, **attributes
+    ) -> None:
         self.f, self.inner = ACTS.get(act, (None, None))[1], inner
-        config = LoRAConfig(max_lora_rank=RANK, max_loras=SLOTS, lora_dtype=dtype)
+        config = LoRAConfig(max_lora_rank=room, max_loras=SLOTS, lora_dtype=dtype)
         self.wrapper = PolyloraPunicaWrapper(tokens, 16, torch.get_default_device(), lora_config=config)
         base = vllm_source.base_linear(
             "MergedColumnParallelLinear", K, [inner, inner], dtype, **{"return_bias": True} | attributes
@@ -104,8 +107,11 @@ class Setting:
         act = self.mlp.act_fn.vllms
         return act.forward_cuda(y) if y.is_cuda else act.forward_native(y)
 
-    def check(self, h: Tensor, x: Tensor, ids) -> None:
-        """Of each row: the activation of the base's 16-bit outputs and the deltas. And the deltas must be seen."""
+    def check(self, h: Tensor, x: Tensor, ids, apart: bool = False) -> None:
+        """Of each row: the activation of the base's 16-bit outputs and the deltas. And the deltas must be seen.
+
+        ``apart``: the sum and vLLM's own activation, which rounds what it multiplies up with.
+        """
         h, x = h.reshape(-1, h.size(-1)), x.reshape(-1, x.size(-1))
         y = self.base(x)
         want, plain, slack = y.double(), y.double(), torch.zeros(len(x), 2 * self.inner, dtype=torch.float64)
@@ -116,6 +122,8 @@ class Setting:
                     want[row, at] += b.double() @ v
                     # x A^T and the delta are rounded once each
                     slack[row, at] = b.double().abs() @ v.abs() + (b.double() @ v).abs()
+        if apart:
+            slack += 2 * want.abs()
         (gate, up), (gate_slack, up_slack) = want.chunk(2, 1), slack.chunk(2, 1)
         right = self.f(gate) * up
         eps = EPS[h.dtype]
@@ -181,18 +189,21 @@ def test_hidden_states_of_a_batch_dimension(half):
     setting.check(h, x, ids_of(10))
 
 
+@pytest.mark.parametrize("room", [16, 64])
 @pytest.mark.parametrize("rows", [3, ops.BESIDE_ROWS + 1])
-def test_which_kernels_run(monkeypatch, rows):
-    """The deltas are no pass of their own over y."""
-    setting, called = Setting(), []
+def test_which_kernels_run(monkeypatch, rows, room):
+    """The deltas are no pass of their own over y, but where that is faster."""
+    setting, called = Setting(room=room), []
     for name in ("linear_", "linear_delta", "add_delta_", "moe_act", "moe_gate_up_act"):
         op = getattr(torch.ops.polylora, name)
         monkeypatch.setattr(
             torch.ops.polylora, name, lambda *args, op=op, name=name: (called.append(name), op(*args))[1]
         )
     setting.step(ids_of(rows))
-    setting.mlp(torch.randn(rows, K).to(torch.bfloat16))
-    assert called == (["linear_delta", "moe_act"] if rows <= ops.BESIDE_ROWS else ["moe_gate_up_act"])
+    x = torch.randn(rows, K).to(torch.bfloat16)
+    setting.check(setting.mlp(x), x, ids_of(rows), apart=room > 16 and rows > ops.BESIDE_ROWS)
+    after = ["moe_gate_up_act"] if room == 16 else ["linear_"]
+    assert called == (["linear_delta", "moe_act"] if rows <= ops.BESIDE_ROWS else after)
 
 
 def test_batch_invariance(monkeypatch):
@@ -274,15 +285,28 @@ def test_layers_that_are_not_served(keywords):
     assert not Setting(**keywords).is_fused
 
 
-def test_an_output_of_another_dtype_goes_through_act_fn():
-    setting = Setting(out_dtype=torch.float32)
+@pytest.mark.parametrize("rows", [7, ops.BESIDE_ROWS + 1])
+def test_an_output_of_another_dtype_goes_through_act_fn(rows):
+    """The deltas, rounded once to the dtype of the weights, are added to gate and up; act_fn has them before it."""
+    setting, ids = Setting(out_dtype=torch.float32), ids_of(rows)
     assert setting.is_fused
-    setting.step(ids_of(7))
-    x = torch.randn(7, K).to(torch.bfloat16)
+    setting.step(ids)
+    x = torch.randn(rows, K).to(torch.bfloat16)
+    y = setting.layer(x)[0]
+    assert not vllm_source.calls and y.shape == (rows, 2 * INNER)
+    base = setting.base(x).double()
+    delta, slack = torch.zeros_like(base), torch.zeros_like(base)
+    for row, number in enumerate(ids):
+        for s, (a, b) in enumerate(zip(*setting.weights[number], strict=True)) if number else ():
+            if a is not None:
+                v, at = a.double() @ x[row].double(), slice(s * INNER, (s + 1) * INNER)
+                delta[row, at], slack[row, at] = b.double() @ v, b.double().abs() @ v.abs()
+    error = (y.double() - base - delta).abs()
+    assert (error <= EPS[torch.bfloat16] * (delta.abs() + slack) + 1e-5).all(), error.max()
+    assert torch.equal(y[delta.sum(1) == 0].double(), base[delta.sum(1) == 0])
     h = setting.mlp(x)
     assert h.dtype == torch.float32
-    setting.f, h16 = ACTS["silu"][1], h.to(torch.bfloat16)
-    setting.check(h16, x, ids_of(7))
+    torch.testing.assert_close(h, setting.vllms(y), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unfused_mlp_beside_a_fused_one():

@@ -106,6 +106,12 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
             lora_a_stacked: ``[slots, 1, R, K]`` each; ``lora_b_stacked``: ``[slots, 1, width, R]`` each.
         """
         rank = lora_b_stacked[0].size(-1)
+        if y.dtype != x.dtype and len(lora_b_stacked) > 1 and not self._fully_sharded:
+            # vLLM's kernel for several slices would read their weights as if they had y's dtype
+            delta = torch.zeros_like(y, dtype=x.dtype)
+            self.add_lora_linear(delta, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer)
+            y.add_(delta)
+            return
         if self._fully_sharded or self._declines(y, x, lora_b_stacked, rank, scale):
             assert buffer is None  # vLLM's own refuses one, too
             buffer = torch.empty((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
@@ -122,7 +128,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         """
         y = layer._get_quant_method().apply(layer.base_layer, x, bias)
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
-        if self._declines(y, x, b, b[0].size(-1), 1.0):
+        if y.dtype != x.dtype or self._declines(y, x, b, b[0].size(-1), 1.0):
             return layer._apply_lora_to_output(x, y)
         step, fused = self._tokens, getattr(layer, FUSED)
         rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
