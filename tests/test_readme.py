@@ -79,7 +79,7 @@ def usable(device: str) -> str:
 def test_every_python_block_is_run_here():
     """A new block needs a test of its own: the ones below run these."""
     marks = {README: ["polylora.attach", "from_dense_pool"], PAGES[-1]: ["ByteTokenizer"]}
-    marks |= {OPS: ["linear_delta", "moe_delta"], INTEGRATION: ["class Layer"]}
+    marks |= {OPS: ["linear_delta", "moe_delta", "moe_gate_up_act"], INTEGRATION: ["class Layer"]}
     for page in PAGES:
         blocks, known = fenced(page, "python"), marks.get(page, [])
         assert len(blocks) == len(known), f"{page.name}: {len(blocks)} Python blocks, {len(known)} of them are run"
@@ -164,6 +164,28 @@ def test_the_block_of_a_linears_delta_beside_the_gemm_is_linear_(usable, streams
     torch.ops.polylora.linear_(want, given["x"], plan=plan, **table.args("linear_"))
     torch.testing.assert_close(got, want)
     assert (want - base).norm() > 0.1 * want.norm()
+
+
+def test_the_block_of_a_gated_mlp_is_linear_and_the_activation(usable):
+    code = block_with(OPS, "moe_gate_up_act")
+    rows, slots, rank, k, inner = 7, 3, 8, 64, 40
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(usable)
+
+    a, b = random(slots, 2 * rank, k) / 8, random(slots, 2 * inner, rank)
+    gate_up = polylora.SliceTable.from_sglang_dense(a, b, [rank] * slots, widths=[inner] * 2)
+    ids = torch.tensor([0, 2, -1, 1, 1, 0, -1], dtype=torch.int32).to(usable)
+    plan = polylora.Plan(rows, slots, device=usable).fill(ids).tensor
+    x, y, ops = random(rows, k), random(rows, 2 * inner), torch.ops.polylora
+    given = {"torch": torch, "ops": ops, "ACTIVATIONS": polylora.ops.ACTIVATIONS, "rows": rows, "inner": inner}
+    got = execute(code, given | {"x": x, "y": y, "plan": plan, "gate_up": gate_up})["h"]
+    base = torch.nn.functional.silu(y[:, :inner]) * y[:, inner:]
+    ops.linear_(y, x, plan=plan, **gate_up.args("linear_"))
+    want = torch.nn.functional.silu(y[:, :inner]) * y[:, inner:]
+    torch.testing.assert_close(got, want)
+    assert ((want - base).abs().amax(1) > 1e-2).tolist() == [i >= 0 for i in ids.tolist()]
 
 
 def test_the_block_of_deltas_beside_the_gemms_is_the_fused_layer(usable, streams):
