@@ -18,6 +18,7 @@ except importlib.metadata.PackageNotFoundError:
 vllm_source.require_vllm()
 
 import vllm.platforms  # noqa: E402
+from polylora.vllm_plugin.activation import AfterFused  # noqa: E402
 from polylora_vllm import WRAPPER  # noqa: E402
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
@@ -33,6 +34,7 @@ from vllm.model_executor.layers.linear import (  # noqa: E402
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: E402
 from vllm.model_executor.models.interfaces import SupportsLoRA  # noqa: E402
+from vllm.model_executor.models.llama import LlamaMLP  # noqa: E402
 
 DTYPE, VOCAB, HIDDEN, INTER = torch.bfloat16, 96, 32, 48
 # name in the adapter: outputs, inputs
@@ -55,9 +57,21 @@ class TinyModel(nn.Sequential, SupportsLoRA):
         return steps
 
 
+class GatedModel(nn.Module, SupportsLoRA):
+    """One of vLLM's own gated MLPs."""
+
+    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    embedding_modules = {}
+    is_3d_moe_weight = is_non_gated_moe = False
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = LlamaMLP(HIDDEN, INTER, "silu")
+
+
 @pytest.fixture
-def manager(device, monkeypatch, tmp_path):
-    """Two slots of rank 16 over an embedding, a fused gate_up and a row-parallel linear, on one rank."""
+def engine(device, monkeypatch, tmp_path):
+    """vLLM's configuration and ranks, as far as layers and managers ask for them."""
     torch.manual_seed(0)
     platform = type(vllm.platforms.current_platform)
     monkeypatch.setattr(platform, "get_punica_wrapper", classmethod(lambda cls: WRAPPER))
@@ -69,14 +83,16 @@ def manager(device, monkeypatch, tmp_path):
         parallel_state.initialize_model_parallel(1, 1)
         torch.set_default_dtype(DTYPE)
         try:
-            yield make_manager(config, device)
+            yield config
         finally:
             torch.set_default_dtype(dtype)
             parallel_state.destroy_model_parallel()
             parallel_state.destroy_distributed_environment()
 
 
-def make_manager(config, device):
+@pytest.fixture
+def manager(engine, device):
+    """Two slots of rank 16 over an embedding, a fused gate_up and a row-parallel linear, on one rank."""
     with torch.device(device):
         layers = OrderedDict(
             embed=VocabParallelEmbedding(VOCAB, HIDDEN),
@@ -84,7 +100,10 @@ def make_manager(config, device):
             down=RowParallelLinear(INTER, HIDDEN, bias=False),
             unused=ColumnParallelLinear(HIDDEN, HIDDEN, bias=False),
         )
-    model = TinyModel(layers)
+    return make_manager(TinyModel(layers), engine, device)
+
+
+def make_manager(model, config, device):
     model.config = MagicMock()
     for weight in model.parameters():
         weight.data.copy_(torch.randn(weight.shape) / weight.size(-1) ** 0.5)
@@ -167,6 +186,45 @@ def test_adapters_come_and_go(manager):
     check(manager, [2, 3, 0, 3], loaded)
     with pytest.raises(KeyError, match="number 1 is in no slot"):
         check(manager, [1], loaded)
+
+
+@pytest.mark.parametrize("rows", [3, 80])
+def test_the_activation_of_a_gated_mlp_is_one_with_its_deltas(engine, device, rows):
+    """vLLM's own MLP, wrapped by its manager: gate, up and down, each with its adapter."""
+    with torch.device(device):
+        model = GatedModel()
+    manager = make_manager(model, engine, device)
+    assert isinstance(model.mlp.act_fn, AfterFused)
+    shapes = {"gate_proj": (INTER, HIDDEN), "up_proj": (INTER, HIDDEN), "down_proj": (HIDDEN, INTER)}
+    layers, weights = {}, {}
+    for name, (out, k) in shapes.items():
+        a, b = (torch.randn(8, k) / k**0.5).to(DTYPE), torch.randn(out, 8).to(DTYPE)
+        layers[f"mlp.{name}"] = LoRALayerWeights(f"mlp.{name}", 8, 8, a, b)
+        weights[name] = a.to(device).double(), b.to(device).double()
+    manager.add_adapter(LoRAModel(1, 8, layers))
+    manager.activate_adapter(1)
+    ids = [i % 2 for i in range(rows)]
+    manager.set_adapter_mapping(LoRAMapping(tuple(ids), tuple(ids), is_prefill=True))
+    x = torch.randn(rows, HIDDEN).to(DTYPE).to(device)
+    got, mlp = model.mlp(x).double(), model.mlp
+    with_lora = torch.tensor(ids, dtype=torch.bool)
+
+    def linear(layer, x, *names):
+        y = x.double() @ layer.base_layer.weight.double().T
+        plain = y.clone()
+        deltas = [x.double() @ weights[name][0].T @ weights[name][1].T for name in names]
+        y[with_lora] += torch.cat(deltas, 1)[with_lora]
+        return y, plain
+
+    def activated(y):
+        gate, up = y.chunk(2, 1)
+        return nn.functional.silu(gate) * up
+
+    y, plain = linear(mlp.gate_up_proj, x, "gate_proj", "up_proj")
+    want, _ = linear(mlp.down_proj, activated(y), "down_proj")
+    assert (got - want).norm() < 2e-2 * want.norm()
+    bypassed, _ = linear(mlp.down_proj, activated(plain), "down_proj")
+    assert (bypassed - want)[with_lora].norm() > 0.3 * want[with_lora].norm()
 
 
 def test_dummies_as_for_graph_capture(manager):
