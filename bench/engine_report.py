@@ -109,3 +109,26 @@ def compare(ours: dict[str, dict], theirs: dict[str, dict], tolerance: float) ->
         if not (equal or parted) or before > tolerance:
             found["apart"].append(name)
     return found | {"silent": sorted(adapter for adapter, was in changed.items() if not was)}
+
+
+#: A layer's error may be so many times that of vLLM's kernels, and so much more: roundings of 16 bits.
+LAYER_FACTOR, LAYER_SLACK = 1.5, 5e-3
+
+
+def write_layers(sink: report.Sink, layers: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """The layers of both sides against float32 (:mod:`engine_check`), and which of polylora's are too far from it.
+
+    A layer of polylora's with its activation behind it (``gate_up_proj+act``) is held against vLLM's without.
+    """
+    mine, theirs = layers["polylora"], layers["vllm"]
+    sink.text("\nEach LoRA layer against float32, the largest error of its calls, relative to what LoRA adds:\n")
+    table = report.Table(sink, ["layer", "calls", "vLLM", "polylora"], first=mine)
+    failures = []
+    for name, of in mine.items():
+        other = theirs.get(name.removesuffix("+act"), {}).get("error")
+        table.row([name, str(of["calls"]), report.number(other, 4), report.number(of["error"], 4)])
+        allowed = LAYER_SLACK + LAYER_FACTOR * (other or 0.0)
+        if not of["error"] <= allowed:
+            failures.append(f"{name}: an error of {of['error']:.4f}, at most {allowed:.4f} is allowed")
+    missing = [name for name in theirs if not {name, f"{name}+act"} & mine.keys()]
+    return failures + [f"{name}: not seen with polylora" for name in missing]

@@ -128,6 +128,10 @@ def run(spec: dict, engine: Any, record: Callable[[dict], None], say: Callable[[
         if side == "vllm":  # how far it is from itself, in batches of other sizes
             alone = {r.name: generate(engine, [r._replace(name="0")])["0"] for r in rows}
             record({"kind": "generated", "side": side, "alone": True, "requests": alone})
+        if not spec["compile"]:  # hooks run in eager passes alone: prompts, where nothing is compiled
+            engine.rpc("bench_check_start")
+            generate(engine, [r._replace(output=1) for r in rows])
+            record({"kind": "layers", "side": side, "layers": engine.rpc("bench_check_stop")})
     for i, (adapters, batch, prompt, output) in enumerate(spec["cells"]):
         say(f"{side}: {i + 1} of {len(spec['cells'])}: batch {batch}, {adapters} adapters, prompt {prompt}")
         cell = {"kind": "engine", "side": side, "adapters": adapters, "batch": batch, "prompt": prompt}
@@ -246,6 +250,15 @@ class Worker:
                     weight.fill_(1.0)
                 count += 1
         return {"weights": count}
+
+    def bench_check_start(self) -> dict[str, int]:
+        import engine_check
+
+        self._bench_check = engine_check.LayerCheck(self.get_model())
+        return {}
+
+    def bench_check_stop(self) -> dict[str, dict[str, float]]:
+        return self._bench_check.stop()
 
     def bench_profile_start(self) -> dict[str, int]:
         from torch.profiler import ProfilerActivity, profile

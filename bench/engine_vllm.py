@@ -160,8 +160,10 @@ def _compare(arguments: argparse.Namespace, sink: report.Sink) -> list[str]:
         sink.text(f"{what}: {of['requests']} greedy texts: {of['equal']} equal to vLLM's, {of['ties']} part at a tie, "
                   f"{len(of['apart'])} apart. Largest difference of log-probabilities: {of['before']:.4f} before, "
                   f"{of['at']:.4f} where they part; of first tokens {of['first']:.4f} (root mean square).")  # fmt: skip
+    layers = {r["side"]: r["layers"] for r in sink.records if r["kind"] == "layers"}
     ours, own = found.values()
-    failures = [f"adapters without any effect: {ours['silent']}"] if ours["silent"] else []
+    failures = engine_report.write_layers(sink, layers) if any(layers.values()) else []
+    failures += [f"adapters without any effect: {ours['silent']}"] if ours["silent"] else []
     if len(ours["apart"]) > len(own["apart"]):
         failures.append(f"requests beyond the tolerance: {', '.join(ours['apart'])}")
     if ours["first"] > max(arguments.tolerance, OWN_NOISE * own["first"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from polylora.adapters import load_adapter
+from polylora.bench import report
 from polylora.models import model_table
 from polylora_cli import DONE, NO, NO_GPU
 
@@ -39,6 +41,7 @@ def small(tmp_path):
 
 
 VERSIONS = {"bench_versions": {"vllm": "made up", "device": "a card"}}
+LAYERS = {"o_proj": {"calls": 2, "error": 0.01}}
 
 
 class MadeUpEngine:
@@ -78,7 +81,8 @@ class MadeUpEngine:
         return bool(self.left)
 
     def rpc(self, method):
-        return {"bench_wrappers": self.wrappers, "bench_profile_stop": self.kernels, **VERSIONS}.get(method, {})
+        return {"bench_wrappers": self.wrappers, "bench_profile_stop": self.kernels,
+                "bench_check_stop": LAYERS, **VERSIONS}.get(method, {})  # fmt: skip
 
 
 def made_up(**sides):
@@ -251,6 +255,22 @@ def test_two_texts_agree_up_to_ties():
     assert against(silent, silent)["silent"] == [0] and against(same)["silent"] == []
 
 
+def test_layers_against_float32(capsys):
+    def of(**errors):
+        return {name: {"calls": 3, "error": error} for name, error in errors.items()}
+
+    def failures(mine, theirs):
+        return engine_report.write_layers(report.Sink(sys.stdout), {"polylora": mine, "vllm": theirs})
+
+    fused = of(qkv_proj=0.01) | {"gate_up_proj+act": {"calls": 3, "error": 0.012}}
+    assert failures(fused, of(qkv_proj=0.01, gate_up_proj=0.009)) == []
+    out = capsys.readouterr().out
+    assert "| qkv_proj         |      3 | 0.0100 |   0.0100 |" in out and "0.0090" in out
+    assert failures(of(o_proj=0.03), of(o_proj=0.01)) == ["o_proj: an error of 0.0300, at most 0.0200 is allowed"]
+    assert failures(of(o_proj=math.nan), of(o_proj=0.01)), "no number is no proof"
+    assert failures(of(o_proj=0.01), of(o_proj=0.01, experts=0.01)) == ["experts: not seen with polylora"]
+
+
 # --------------------------------------------------------------------------------------------------- the command
 
 
@@ -297,6 +317,7 @@ def test_comparing(small, capsys):
     out = capsys.readouterr().out
     assert "polylora: 4 greedy texts: 4 equal to vLLM's, 0 part at a tie, 0 apart" in out
     assert "vLLM, requests by themselves: 4 greedy texts: 4 equal" in out
+    assert "| o_proj |      2 | 0.0100 |   0.0100 |" in out
     assert engine_vllm.main(options, made_up(polylora={"odd": 9})) == NO
     assert "requests beyond the tolerance: 0, 1, 2, 3" in capsys.readouterr().err
     # vLLM's own texts part as well where the batch is another
