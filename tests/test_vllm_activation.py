@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from vllm.config.lora import LoRAConfig  # noqa: E402
 from vllm.lora import layers as vllm_layers  # noqa: E402
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul, SwigluOAIAndMul  # noqa: E402
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 
 SLOTS, RANK, K, INNER = 4, 16, 64, 72
 EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -206,17 +208,24 @@ def test_which_kernels_run(monkeypatch, rows, room):
     assert called == (["linear_delta", "moe_act"] if rows <= ops.BESIDE_ROWS else after)
 
 
-def test_batch_invariance(monkeypatch):
+@pytest.mark.parametrize("room", [16, 64])
+def test_batch_invariance(monkeypatch, room):
+    """Rows of the base and of adapters, with more rows behind them, with others' adapters there, and with none."""
     monkeypatch.setenv("POLYLORA_BATCH_INVARIANT", "1")
-    setting = Setting()
+    setting = Setting(room=room)
     x = torch.randn(200, K).to(torch.bfloat16)
     y = setting.base(x)  # the base's own GEMM need not be invariant
-    layer, results = setting.layer, []
-    for rows in (8, ops.BESIDE_ROWS, 200):
-        setting.step(ids_of(rows))
-        monkeypatch.setattr(layer.base_layer.quant_method, "apply", lambda _, x, bias=None: y[: len(x)], raising=False)
-        results.append(setting.mlp(x[:rows])[:8])
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    method = setting.layer.base_layer.quant_method
+    monkeypatch.setattr(method, "apply", lambda _, x, bias=None: y[: len(x)].clone(), raising=False)
+
+    def rows_of(ids):
+        setting.step(ids)
+        return setting.mlp(x[: len(ids)])[:7]
+
+    for first in (ids_of(7), [0] * 7):
+        results = [rows_of(first + more) for more in ([0], [3], ids_of(ops.BESIDE_ROWS), ids_of(193))]
+        results.append(rows_of(first))
+        assert all(torch.equal(results[0], other) for other in results[1:]), first
 
 
 # ------------------------------------------------------------------------------------------------ what is left as it is
@@ -247,7 +256,21 @@ class Branches(Mlp):
         return self.act_fn(gate_up)
 
 
-@pytest.mark.parametrize("mlp", [Clamped, Twice, Called, Branches])
+class Returned(Mlp):
+    def forward(self, x):
+        gate_up, _ = self.gate_up_proj(x)
+        h = self.act_fn(gate_up)
+        return h + gate_up.chunk(2, -1)[0]
+
+
+class Hooked(Mlp):
+    def forward(self, x, hook=lambda y: 2 * y):
+        y, _ = self.gate_up_proj(x)
+        y = hook(y)
+        return self.act_fn(y)
+
+
+@pytest.mark.parametrize("mlp", [Clamped, Twice, Called, Branches, Returned, Hooked])
 def test_forward_passes_that_do_more(mlp):
     setting = Setting(mlp=mlp)
     assert not setting.is_fused
@@ -257,18 +280,33 @@ def test_forward_passes_that_do_more(mlp):
     setting.mlp(x)
 
 
+class WithDown(Mlp):
+    """``method``: of down."""
+
+    method = vllm_source.PlainGemm
+
+    def __init__(self, gate_up, act):
+        super().__init__(gate_up, act)
+        self.c_proj = vllm_source.base_linear("RowParallelLinear", INNER, [K], torch.bfloat16)
+        self.c_proj.quant_method = self.method()
+
+    def forward(self, x):
+        gate_up, _ = self.gate_up_proj(x)
+        x = self.act_fn(gate_up)
+        return self.c_proj(x)
+
+
+class WithPlainDown(WithDown):
+    method = UnquantizedLinearMethod
+
+
 def test_a_quantised_down_keeps_vllms_activation():
-    class WithDown(Mlp):
-        def __init__(self, gate_up, act):
-            super().__init__(gate_up, act)
-            self.down_proj = vllm_source.base_linear("RowParallelLinear", INNER, [K], torch.bfloat16)
+    """Whatever its name. The stand-in's method is not vLLM's for what is not quantised."""
+    assert not Setting(mlp=WithDown).is_fused and Setting(mlp=WithPlainDown).is_fused
 
-        def forward(self, x):
-            gate_up, _ = self.gate_up_proj(x)
-            x = self.act_fn(gate_up)
-            return self.down_proj(x)
 
-    assert not Setting(mlp=WithDown).is_fused  # the stand-in's method is not vLLM's for what is not quantised
+def test_no_function_has_no_code():
+    assert not activation.feeds_activation(functools.partial(Mlp.forward, None))
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,16 @@ inline void name_running_at_death() {
   (void)once;
 }
 
+/// What a call's grid has written is NaN until the next one has waited for it.
+inline void hide_until_waited(const GuardedBytes& bytes) {
+  const auto written = std::make_shared<std::vector<unsigned char>>(bytes.data(), bytes.data() + bytes.size());
+  std::memset(bytes.data(), 0xff, written->size());
+  emulator::options().previous_grid = [written, data = bytes.data()] {
+    std::copy(written->begin(), written->end(), data);
+    written->clear();  // once: later grids write there
+  };
+}
+
 /// Runs `path` on the problem, on other seeds of the emulator and with or without stale inputs before: every time right
 /// and every time the same bits.
 template <typename Problem>

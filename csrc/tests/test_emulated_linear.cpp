@@ -333,7 +333,7 @@ cudaError_t mma_of(LoraParams p) {
   const GuardedBytes scratch(cuda::plane_bytes(p, parts));
   p.scratch = scratch.data();
   const cudaError_t error = cuda::shrink_mma_path(p, parts, nullptr);
-  emulator::options().previous_grid = nullptr;  // expand may count on shrink's having waited
+  hide_until_waited(scratch);  // all else is there: expand may count on shrink's having waited
   return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
 }
 
@@ -345,7 +345,7 @@ cudaError_t narrow_launches(LoraParams p) {
   const GuardedBytes scratch(cuda::narrow_plane_bytes(p, parts));
   p.scratch = scratch.data();
   const cudaError_t error = cuda::shrink_narrow_path(p, parts, nullptr);
-  emulator::options().previous_grid = nullptr;
+  hide_until_waited(scratch);
   return error == cudaSuccess ? kExpand(p, parts, nullptr) : error;
 }
 constexpr auto narrow_of = narrow_launches<cuda::expand_narrow_path, false>;
@@ -365,7 +365,7 @@ cudaError_t apart_of(Problem& problem) {
   p.y_stride = stride;
   for (int s = 0, col = 0; s < p.slices.count; col += p.slices.width[s++]) p.slices.col[s] = col;
   const cudaError_t error = kDeltas(p);
-  emulator::options().previous_grid = nullptr;
+  hide_until_waited(deltas);
   return error == cudaSuccess ? cuda::add_delta_path(sum, nullptr) : error;
 }
 
@@ -408,7 +408,7 @@ cudaError_t halves(LoraParams p, Shrink&& shrink, decltype(&cuda::expand_wide_pa
     first.slices.width[s] = 0;
   }
   cudaError_t error = shrink(first);
-  emulator::options().previous_grid = nullptr;
+  hide_until_waited(v);
   LoraParams second = p;
   second.x = nullptr;
   for (int s = 0; s < second.slices.count; ++s) second.slices.a_rows[s] = -1;
@@ -431,7 +431,7 @@ cudaError_t mma_shrink(LoraParams p) {
   const GuardedBytes scratch(cuda::plane_bytes(p, parts));
   p.scratch = scratch.data();
   const cudaError_t error = cuda::shrink_mma_path(p, parts > 1 ? parts : 0, nullptr);
-  emulator::options().previous_grid = nullptr;
+  hide_until_waited(scratch);
   return error == cudaSuccess && parts > 1 ? cuda::add_planes_path(p, parts, nullptr) : error;
 }
 

@@ -41,13 +41,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
 
   ptx::launch_next_grid();
   const int32_t active = ptx::load_fresh4(task.header + kPlanActiveRows);
+  const int32_t pairs = ptx::load_fresh4(task.header + kPlanPairs);  // none: else the plan was made for another call
   bool waited = false;
   int jobs = 0;
 #pragma unroll 1
   for (int index = blockIdx.y;; index += gridDim.y) {
     NarrowJob<kRows> job;
     job.read(task, index, 0);
-    jobs = job.jobs;
+    jobs = pairs == 0 ? job.jobs : 0;
     if (index >= jobs) break;
     NarrowJob<kRows> job_of_up = job;  // up's entry lies behind gate's, whose words lanes 8 to 14 have
     if (threadIdx.x % 32 / 8 == 1) job_of_up.word = ptx::load_fresh4(job.at + sizeof(SliceEntry) / sizeof(int32_t));

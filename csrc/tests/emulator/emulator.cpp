@@ -190,8 +190,14 @@ void run_cluster(const Launch& launch, unsigned index) {
     from.pop_back();
     return item;
   };
-  // blocks run at unequal speed: for a while, those of higher priority are preferred
-  std::vector<uint64_t> priority(cluster.blocks.size(), 0);
+  // warps run at unequal speed: for a while, those of higher priority are preferred, so much that a block's others come
+  // to stand behind them, which a missing barrier shows by
+  constexpr size_t kMostWarps = 32;
+  constexpr int kPreference = 60;
+  std::vector<uint64_t> priority(cluster.blocks.size() * kMostWarps, 0);
+  const auto of = [&](const Thread* t) {
+    return priority[static_cast<size_t>(t->block->rank) * kMostWarps + t->thread.x / 32];
+  };
   for (int64_t step = 0; cluster.alive > 0; ++step) {
     if (step % 4096 == 0) {
       for (uint64_t& p : priority) p = machine.random.bits();
@@ -201,11 +207,9 @@ void run_cluster(const Launch& launch, unsigned index) {
       run_copy(*draw(cluster.in_flight));
     } else if (!machine.ready.empty()) {
       Thread* thread = draw(machine.ready);
-      for (int more = 0; more < 6 && !machine.ready.empty(); ++more) {
+      for (int more = 0; more < kPreference && !machine.ready.empty(); ++more) {
         Thread*& other = machine.ready[static_cast<size_t>(machine.random.bits() % machine.ready.size())];
-        if (priority[static_cast<size_t>(other->block->rank)] > priority[static_cast<size_t>(thread->block->rank)]) {
-          std::swap(thread, other);
-        }
+        if (of(other) > of(thread)) std::swap(thread, other);
       }
       resume(*thread);
     } else if (!machine.waiting[&machine.previous_end].empty()) {

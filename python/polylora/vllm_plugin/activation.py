@@ -5,8 +5,10 @@ are a pass over outputs that the second reads again. So the layer of gate and up
 ``act_fn`` hands on what is as narrow as that. The model's own forward pass stays as it is: h goes the way that y went,
 and code that wants gate and up apart meets another width, which is an error and no loss.
 
-:func:`fuse_activations` finds the MLPs whose forward pass gives the layer's output to ``act_fn`` and to nothing before
-it. Which steps: all of them, with vLLM's own activation where no row has an adapter.
+:func:`fuse_activations` finds the MLPs whose forward pass gives the layer's output to ``act_fn`` and to nothing else.
+Which steps: all of them, with vLLM's own activation where no row has an adapter. That one rounds act(gate) to 16 bits
+before it is multiplied, the fused one does not; so a row of the base model in a step with adapters may differ in its
+last bits from the same row in a step without. Not with ``POLYLORA_BATCH_INVARIANT=1``, which keeps vLLM's.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dis
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,8 +85,8 @@ def fuse_activations(model: nn.Module, wrapper: type) -> None:
         code = _code_of(act)
         if code is None or not _is_served(layer, wrapper) or not feeds_activation(type(mlp).forward):
             continue
-        if _is_quantised(getattr(mlp, "down_proj", None)):
-            continue  # vLLM has the activation and the quantisation of its output in one kernel
+        if any(_is_quantised(child) for child in mlp.children() if child is not layer):
+            continue  # down: vLLM has the activation and the quantisation of its output in one kernel
         table = getattr(layer, TABLE)
         width = table.widths[0]
         _VLLMS[table] = act.forward_cuda if table.table.is_cuda else act.forward_native
@@ -114,22 +116,50 @@ def _is_served(layer: object, wrapper: type) -> bool:
     return not (layer.base_layer.gather_output and layer.tp_size > 1)
 
 
-def _is_quantised(linear: nn.Module | None) -> bool:
+def _is_quantised(linear: nn.Module) -> bool:
     method = getattr(getattr(linear, "base_layer", linear), "quant_method", None)
     return method is not None and not isinstance(method, UnquantizedLinearMethod)
 
 
 def feeds_activation(forward: Callable) -> bool:
-    """Whether a method calls ``self.gate_up_proj`` once, then ``self.act_fn`` once, and does nothing else until that
-    is called."""
-    code = list(dis.get_instructions(forward))
+    """Whether a method calls ``self.gate_up_proj`` once, gives what it returns to ``self.act_fn``, called once, and
+    reads it nowhere else."""
+    try:
+        code = [i for i in dis.get_instructions(forward) if i.opname != "CACHE"]
+    except TypeError:  # no Python function
+        return False
     names = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in code]
     if names.count("gate_up_proj") != 1 or names.count("act_fn") != 1:
         return False
     begin, end = names.index("gate_up_proj"), names.index("act_fn")
-    calls = [at for at, i in enumerate(code) if i.opname.startswith("CALL") and at > end]
-    between = code[begin + 1 : end] + code[end + 1 : min(calls, default=0)]
-    return begin < end and all(i.opname.startswith(_CARRIES) or i.argval in _CALLS_IT for i in between)
+    calls = [at for at, i in enumerate(code) if i.opname.startswith("CALL")]
+    called = min((at for at in calls if at > end), default=0)
+    between = code[begin + 1 : end] + code[end + 1 : called]
+    if begin > end or not all(i.opname.startswith(_CARRIES) or i.argval in _CALLS_IT for i in between):
+        return False
+    if sum(begin < at < end for at in calls) != 1:  # the layer's own call
+        return False
+    return not _reads(code[called:], {name for i in between if _stores(i) for name in _locals(i)})
+
+
+def _stores(instruction: dis.Instruction) -> bool:
+    return instruction.opname.startswith("STORE_FAST")
+
+
+def _locals(instruction: dis.Instruction) -> tuple[str, ...]:
+    """The locals of an instruction; newer Pythons have some that name two."""
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+
+
+def _reads(code: Sequence[dis.Instruction], values: set[str]) -> bool:
+    """Whether one of the locals is loaded before it is stored anew."""
+    values = set(values)
+    for i in code:
+        if i.opname.startswith("LOAD_FAST") and values & set(_locals(i)):
+            return True
+        if _stores(i):
+            values -= set(_locals(i))
+    return False
 
 
 def vllms_activation(table: SliceTable, y: Tensor) -> Tensor:

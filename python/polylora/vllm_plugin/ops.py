@@ -23,7 +23,7 @@ from torch import Tensor
 
 from polylora.table import SliceTable
 from polylora.vllm_plugin.activation import vllms_activation
-from polylora.vllm_plugin.side import may_run_beside, side_stream_of
+from polylora.vllm_plugin.side import is_batch_invariant, may_run_beside, side_stream_of
 from polylora.vllm_plugin.step import Fork, StepRows, step_of
 from polylora.vllm_plugin.tables import announce_whole, table_of_a, table_of_b
 
@@ -86,7 +86,8 @@ def gate_up_act(
     step = step_of(rows)
     delta = _delta_beside(x, t, step)
     plan = step.plan(x.size(0))
-    if delta is None and t.v_width > len(t.widths) * FUSED_RANKS:
+    # the fused one rounds less than vLLM's: a row would tell whether another of its step has an adapter
+    if delta is None and (is_batch_invariant() or t.v_width > len(t.widths) * FUSED_RANKS):
         torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
         return vllms_activation(t, y)
     h = y.new_empty(y.size(0), t.widths[0])

@@ -59,4 +59,9 @@ def may_run_beside() -> bool:
     Not with ``POLYLORA_VLLM_BESIDE=0``; nor with ``POLYLORA_BATCH_INVARIANT=1``: they are rounded once more than where
     they are added at once, and which of the two a row meets depends on the other rows of its step.
     """
-    return os.environ.get("POLYLORA_VLLM_BESIDE", "1") != "0" and os.environ.get("POLYLORA_BATCH_INVARIANT") != "1"
+    return os.environ.get("POLYLORA_VLLM_BESIDE", "1") != "0" and not is_batch_invariant()
+
+
+def is_batch_invariant() -> bool:
+    """Whether a row's result must not depend on the other rows of its step."""
+    return os.environ.get("POLYLORA_BATCH_INVARIANT") == "1"
