@@ -179,7 +179,7 @@ def test_the_block_of_a_gated_mlp_is_linear_and_the_activation(usable):
     ids = torch.tensor([0, 2, -1, 1, 1, 0, -1], dtype=torch.int32).to(usable)
     plan = polylora.Plan(rows, slots, device=usable).fill(ids).tensor
     x, y, ops = random(rows, k), random(rows, 2 * inner), torch.ops.polylora
-    given = {"torch": torch, "ops": ops, "ACTIVATIONS": polylora.ops.ACTIVATIONS, "rows": rows, "inner": inner}
+    given = {"torch": torch, "ops": ops, "rows": rows, "inner": inner}
     got = execute(code, given | {"x": x, "y": y, "plan": plan, "gate_up": gate_up})["h"]
     base = torch.nn.functional.silu(y[:, :inner]) * y[:, inner:]
     ops.linear_(y, x, plan=plan, **gate_up.args("linear_"))
