@@ -66,14 +66,8 @@ class LayerCheck:
         bias = None if getattr(base, "skip_bias_add", False) else getattr(base, "bias", None)
         without = base.quant_method.apply(base, x, bias).float()
         slots = _slots_of(layer, len(x))
-        right = without.clone()
-        for slot in slots.unique().tolist():
-            if slot >= 0:
-                rows, begin = slots == slot, 0
-                for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
-                    delta = x[rows].float() @ a[slot, 0].float().T @ b[slot, 0].float().T
-                    right[rows, begin : begin + b.size(2)] += delta
-                    begin += b.size(2)
+        right, deltas = without.clone(), _deltas(layer.lora_a_stacked, layer.lora_b_stacked, x, slots)
+        right[:, : deltas.size(1)] += deltas
         if got.size(1) * 2 == right.size(1):  # with the activation behind it
             name, (right, without) = f"{name}+act", (_activated("silu", t) for t in (right, without))
         self._add(name, got, right, without, slots)
@@ -109,10 +103,10 @@ class LayerCheck:
                 continue
             tokens, at = (ids == expert).nonzero(as_tuple=True)
             y = x[tokens].float() @ given["w1"][expert].float().T
-            y += _of_expert(layer.w13_lora_a_stacked, layer.w13_lora_b_stacked, x[tokens], slots[tokens], expert)
+            y += _deltas(layer.w13_lora_a_stacked, layer.w13_lora_b_stacked, x[tokens], slots[tokens], expert)
             h = _activated(act, y)
             z = h @ given["w2"][expert].float().T
-            z += _of_expert(layer.w2_lora_a_stacked, layer.w2_lora_b_stacked, h, slots[tokens], expert)
+            z += _deltas(layer.w2_lora_a_stacked, layer.w2_lora_b_stacked, h, slots[tokens], expert)
             out.index_add_(0, tokens, given["topk_weights"][tokens, at, None].float() * z)
         return out
 
@@ -129,8 +123,9 @@ def _slots_of(layer: nn.Module, rows: int) -> Tensor:
     return slots
 
 
-def _of_expert(a: tuple[Tensor, ...], b: tuple[Tensor, ...], x: Tensor, slots: Tensor, expert: int) -> Tensor:
-    """The deltas of rows of one expert, slices side by side. An outer half that all experts share has one."""
+def _deltas(a: tuple[Tensor, ...], b: tuple[Tensor, ...], x: Tensor, slots: Tensor, expert: int = 0) -> Tensor:
+    """The deltas of rows of one expert, or of a linear, slices side by side. An outer half that all experts share has
+    one."""
     deltas = [x.new_zeros(len(x), of.size(2), dtype=torch.float32) for of in b]
     for slot in slots.unique().tolist():
         for delta, of_a, of_b in zip(deltas, a, b, strict=True) if slot >= 0 else ():

@@ -23,18 +23,13 @@ from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul, Swiglu
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 
 SLOTS, RANK, K, INNER = 4, 16, 64, 72
-EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+EPS, half = vllm_source.EPS, vllm_source.half
 ACTS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
     "silu": (SiluAndMul, nn.functional.silu),
     "gelu": (GeluAndMul, nn.functional.gelu),
     "gelu_tanh": (lambda: GeluAndMul("tanh"), lambda x: nn.functional.gelu(x, approximate="tanh")),
 }
 ROWS = (3, ops.BESIDE_ROWS, ops.BESIDE_ROWS + 1, 200)
-
-
-@pytest.fixture(params=list(EPS), ids=["bf16", "fp16"])
-def half(request) -> torch.dtype:
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -195,12 +190,10 @@ def test_hidden_states_of_a_batch_dimension(half):
 @pytest.mark.parametrize("rows", [3, ops.BESIDE_ROWS + 1])
 def test_which_kernels_run(monkeypatch, rows, room):
     """The deltas are no pass of their own over y, but where that is faster."""
-    setting, called = Setting(room=room), []
-    for name in ("linear_", "linear_delta", "add_delta_", "moe_act", "moe_gate_up_act"):
-        op = getattr(torch.ops.polylora, name)
-        monkeypatch.setattr(
-            torch.ops.polylora, name, lambda *args, op=op, name=name: (called.append(name), op(*args))[1]
-        )
+    setting = Setting(room=room)
+    called = vllm_source.note_calls(
+        monkeypatch, ("linear_", "linear_delta", "add_delta_", "moe_act", "moe_gate_up_act")
+    )
     setting.step(ids_of(rows))
     x = torch.randn(rows, K).to(torch.bfloat16)
     setting.check(setting.mlp(x), x, ids_of(rows), apart=room > 16 and rows > ops.BESIDE_ROWS)

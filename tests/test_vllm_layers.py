@@ -21,7 +21,7 @@ from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 
 SLOTS, RANK, K, VOCAB = 4, 16, 48, 40
-EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+EPS, half = vllm_source.EPS, vllm_source.half
 # kind of the base, class with LoRA, widths of the slices
 LINEARS = {
     "replicated": ("ReplicatedLinear", "ReplicatedLinearWithLoRA", [40]),
@@ -32,11 +32,6 @@ LINEARS = {
     "variable": ("MergedColumnParallelLinear", "MergedColumnParallelLinearVariableSliceWithLoRA", [8, 24, 16, 32]),
 }
 HEADS = {"num_heads": 8, "num_kv_heads": 2, "total_num_heads": 8, "total_num_kv_heads": 2, "head_size": 8}
-
-
-@pytest.fixture(params=list(EPS), ids=["bf16", "fp16"])
-def half(request) -> torch.dtype:
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -556,12 +551,7 @@ def test_few_rows_are_made_beside_the_base(monkeypatch, half, rows):
     put(layer, 2, weights[1])
     ids = [1, 0, 1] * rows
     step_of_ids(wrapper, ids[:rows], [None, None, 1, None])
-    called = []
-    for name in ("linear_", "linear_delta", "add_delta_"):
-        op = getattr(torch.ops.polylora, name)
-        monkeypatch.setattr(
-            torch.ops.polylora, name, lambda *args, op=op, name=name: (called.append(name), op(*args))[1]
-        )
+    called = vllm_source.note_calls(monkeypatch, ("linear_", "linear_delta", "add_delta_"))
     x = torch.randn(rows, K).to(half)
     base = layer.base_layer.quant_method.apply(layer.base_layer, x)
     check(layer(x), base, x, ids[:rows], weights, LINEARS["gate_up"][2], beside=rows <= ops.BESIDE_ROWS)

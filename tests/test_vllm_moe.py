@@ -22,7 +22,7 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
 SLOTS, RANK, HIDDEN, INNER, EXPERTS, TOP_K = 4, 16, 64, 32, 6, 3
-EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+EPS, half = vllm_source.EPS, vllm_source.half
 # class with LoRA, activation, architecture, outer halves shared by all experts
 KINDS = {
     "gated": (FusedMoEWithLoRA, "silu", "Some", False),
@@ -35,11 +35,6 @@ INLINE = ["moe_plan", "moe_gate_up_", "moe_down_"]
 BESIDE = ["moe_plan", "moe_delta", "moe_act", "moe_delta", "moe_reduce"]
 # Experts of this rank under expert parallelism: 6 of 8, in an order of their own.
 EXPERT_MAP = [3, -1, 0, 5, 1, -1, 4, 2]
-
-
-@pytest.fixture(params=list(EPS), ids=["bf16", "fp16"])
-def half(request) -> torch.dtype:
-    return request.param
 
 
 @pytest.fixture(params=list(KINDS))
@@ -57,41 +52,17 @@ def way(request, monkeypatch) -> str:
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """Names of polylora's MoE ops, in the order in which they are called."""
-    return note_calls(monkeypatch, lambda name: name)
-
-
-def note_calls(monkeypatch, note) -> list:
-    """What ``note`` makes of the name of each MoE op that is called."""
-    notes, running = [], []
-
-    def noting(name, op):
-        def call(*args):
-            if running:  # torch looks an op up by its name once more where a default device is set
-                return op(*args)
-            notes.append(note(name))
-            running.append(name)
-            try:
-                return op(*args)
-            finally:
-                running.clear()
-
-        return call
-
-    ops = torch.ops.polylora
-    for name in {*BESIDE, *INLINE}:
-        monkeypatch.setattr(ops, name, noting(name, getattr(ops, name)))
-    return notes
+    return vllm_source.note_calls(monkeypatch, {*BESIDE, *INLINE})
 
 
 @pytest.fixture(autouse=True)
 def here(device, monkeypatch):
     """New tensors are made on the device of the test; vLLM's kernels have a configuration and workspaces."""
-    if device == "cpu" and torch.cuda.is_available():
-        pytest.skip("where there is a GPU, vLLM's experts run there alone")
     torch.manual_seed(0)
     vllm_source.calls.clear()
     tables._said.clear()
-    vllm_source.plain_experts(monkeypatch)
+    if device == "cpu":
+        vllm_source.plain_experts(monkeypatch)
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device))):
         workspace.init_workspace_manager(torch.device(device))
         torch.set_default_device(device)
@@ -687,7 +658,7 @@ def test_streams(half, device, monkeypatch):
     """Plan and deltas on the side stream, seams on the step's, which is any stream."""
     layer = loaded("gated", half)
     layer.step(IDS, SLOT_IDS)
-    notes = note_calls(monkeypatch, lambda name: (name, torch.cuda.current_stream()))
+    notes = vllm_source.note_calls(monkeypatch, {*BESIDE, *INLINE}, lambda name: (name, torch.cuda.current_stream()))
     own = torch.cuda.Stream()
     side = beside.side_stream_of(layer.w2.device, first=True)._stream
     assert side.priority < own.priority

@@ -108,6 +108,39 @@ class StandIn(types.ModuleType):
         return value
 
 
+# ------------------------------------------------------------------------------------------------ what its tests share
+
+EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(params=list(EPS), ids=["bf16", "fp16"])
+def half(request) -> torch.dtype:
+    return request.param
+
+
+def note_calls(monkeypatch, names, note=lambda name: name) -> list:
+    """What ``note`` makes of the name of each of polylora's ops ``names`` that is called, as they are called."""
+    notes, running = [], []
+
+    def noting(name, op):
+        def call(*args):
+            if running:  # torch looks an op up by its name once more where a default device is set
+                return op(*args)
+            notes.append(note(name))
+            running.append(name)
+            try:
+                return op(*args)
+            finally:
+                running.clear()
+
+        return call
+
+    ops = torch.ops.polylora
+    for name in names:
+        monkeypatch.setattr(ops, name, noting(name, getattr(ops, name)))
+    return notes
+
+
 # ------------------------------------------------------------------------------------- vLLM's kernels, in plain torch
 
 #: Names of the kernels that ran.
@@ -270,9 +303,7 @@ def base_experts(config) -> nn.Module:
 
 
 def plain_experts(monkeypatch) -> None:
-    """Lets vLLM's Triton experts run without a GPU."""
-    if torch.cuda.is_available():
-        return
+    """Lets vLLM's Triton experts run on the CPU."""
     triton = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.triton_moe")
     modular = importlib.import_module("vllm.model_executor.layers.fused_moe.modular_kernel")
     config = importlib.import_module("vllm.model_executor.layers.fused_moe.config")

@@ -178,14 +178,12 @@ class Problem {
   void spoil(uint64_t seed, bool stale) {
     scratch_.reset();
     arrived_ = false;
-    hidden_.clear();
     grids_ = 0;
     emulator::options().seed = seed;
-    emulator::options().grid_begins = [this] { hide_scratch(); };
-    emulator::options().previous_grid = [this] {
-      arrive();
-      show_scratch();
+    emulator::options().grid_begins = [this] {
+      if (grids_++ > 0 && scratch_ && cuda::launches.back().overlap) hide_until_waited(*scratch_);
     };
+    emulator::options().previous_grid = [this] { arrive(); };
     for (Staged& staged : staged_) {
       const auto& from = stale ? staged.stale : staged.truth;
       std::copy(from.begin(), from.end(), staged.data);
@@ -208,17 +206,6 @@ class Problem {
     arrived_ = true;
     for (Staged& staged : staged_) std::copy(staged.truth.begin(), staged.truth.end(), staged.data);
     if (scratch_) std::memset(scratch_->data(), 0xff, static_cast<size_t>(scratch_->size()));
-  }
-
-  /// What the call's own grid before may still be writing is NaN until a grid that overlaps with it has waited.
-  void hide_scratch() {
-    if (grids_++ == 0 || !scratch_ || !cuda::launches.back().overlap) return;
-    hidden_.assign(scratch_->data(), scratch_->data() + scratch_->size());
-    std::memset(scratch_->data(), 0xff, hidden_.size());
-  }
-  void show_scratch() {
-    std::copy(hidden_.begin(), hidden_.end(), scratch_ ? scratch_->data() : nullptr);
-    hidden_.clear();
   }
 
   /// Checks what the op wrote, and that it wrote nothing else; returns its bits.
@@ -795,8 +782,7 @@ class Problem {
   std::unique_ptr<Array> x_, y_, result_;
   std::unique_ptr<GuardedBytes> plan_, table_bytes_, map_bytes_, weights_, scratch_, deltas_, v_bytes_;
   std::vector<Staged> staged_;
-  std::vector<unsigned char> hidden_;  // scratch
-  int grids_ = 0;                      // of the call
+  int grids_ = 0;  // of the call
   std::unordered_map<int64_t, double> exact_v_;
 };
 
@@ -831,7 +817,7 @@ cudaError_t apart(Problem& problem) {
   if (problem.op() == Op::kGateUpAct) {
     GateUpActParams g = problem.gate_up_act_params();
     const cudaError_t error = make_deltas(problem, g.delta, g.delta_stride);
-    if (error != cudaSuccess || g.lora.rows == 0) return error;
+    if (error != cudaSuccess) return error;
     return cuda::moe_add_act_serves(g) ? cuda::moe_add_act_path(g, nullptr) : cudaErrorNotSupported;
   }
   DownReduceParams d = problem.down_reduce_params();
@@ -850,7 +836,7 @@ cudaError_t fast(Problem& problem) {
     if (problem.narrow() && !cuda::act_narrow_serves(g)) return cudaErrorNotSupported;
     error = (problem.narrow() ? cuda::act_narrow_scratch : cuda::moe_gate_up_act_scratch)(g, bytes);
     g.lora.scratch = problem.scratch(bytes);
-    if (error != cudaSuccess || g.lora.rows == 0) return error;
+    if (error != cudaSuccess) return error;
     return (problem.narrow() ? cuda::act_narrow_path : cuda::moe_gate_up_act_path)(g, nullptr);
   }
   if (problem.op() == Op::kDownReduce) {

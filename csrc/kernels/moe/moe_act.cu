@@ -121,12 +121,11 @@ cudaError_t moe_add_act_path(const GateUpActParams& g, cudaStream_t stream) {
   shape.threads = kWarps * 32;
   shape.overlap = true;
   const bool gated = slices.count == 2;
-  if (p.dtype == DType::kBFloat16) {
-    return gated ? launch<&moe_act<__nv_bfloat16, 2>>(device, shape, task, stream)
-                 : launch<&moe_act<__nv_bfloat16, 1>>(device, shape, task, stream);
-  }
-  return gated ? launch<&moe_act<__half, 2>>(device, shape, task, stream)
-               : launch<&moe_act<__half, 1>>(device, shape, task, stream);
+  return dispatch_16_bit(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return gated ? launch<&moe_act<T, 2>>(device, shape, task, stream)
+                 : launch<&moe_act<T, 1>>(device, shape, task, stream);
+  });
 }
 
 }  // namespace polylora::cuda

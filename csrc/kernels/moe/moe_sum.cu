@@ -139,12 +139,11 @@ cudaError_t launch_sum(const Device& device, const DownReduceParams& d, const Su
                     static_cast<unsigned>(divide_up(task.outputs, int64_t{shape.threads} * kOutputs)));
   shape.overlap = true;
   const bool mapped = task.pairs.pair_pos != nullptr;
-  if (d.lora.dtype == DType::kBFloat16) {
-    return mapped ? launch<&moe_sum<__nv_bfloat16, kOutputs, true>>(device, shape, task, stream)
-                  : launch<&moe_sum<__nv_bfloat16, kOutputs, false>>(device, shape, task, stream);
-  }
-  return mapped ? launch<&moe_sum<__half, kOutputs, true>>(device, shape, task, stream)
-                : launch<&moe_sum<__half, kOutputs, false>>(device, shape, task, stream);
+  return dispatch_16_bit(d.lora.dtype, [&](auto element) {
+    using T = decltype(element);
+    return mapped ? launch<&moe_sum<T, kOutputs, true>>(device, shape, task, stream)
+                  : launch<&moe_sum<T, kOutputs, false>>(device, shape, task, stream);
+  });
 }
 
 // Outputs [n_begin, n_end); `delta` begins with the first of them.

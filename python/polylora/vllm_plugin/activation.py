@@ -18,7 +18,6 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +37,10 @@ _VLLMS: weakref.WeakKeyDictionary[SliceTable, Callable[[Tensor], Tensor]] = weak
 # What may stand from the one call to the other: instructions that only carry a value along, and the function that newer
 # versions give act_fn to, which knows the activations that are one with a quantisation, and calls others.
 _CARRIES = (
-    "CACHE", "CALL", "COPY", "LOAD_CONST", "LOAD_FAST", "NOP", "POP_TOP", "PRECALL", "PUSH_NULL", "STORE_FAST", "SWAP",
+    "CALL", "COPY", "LOAD_CONST", "LOAD_FAST", "NOP", "POP_TOP", "PRECALL", "PUSH_NULL", "STORE_FAST", "SWAP",
     "UNPACK_SEQUENCE",
 )  # fmt: skip
 _CALLS_IT = ("maybe_fused_act_quant", "down_proj")
-
-
-class Fused(NamedTuple):
-    """``code``: the activation's number (:data:`polylora.ops.ACTIVATIONS`); ``width``: of h."""
-
-    code: int
-    width: int
 
 
 class AfterFused(nn.Module):
@@ -88,10 +80,9 @@ def fuse_activations(model: nn.Module, wrapper: type) -> None:
         if any(_is_quantised(child) for child in mlp.children() if child is not layer):
             continue  # down: vLLM has the activation and the quantisation of its output in one kernel
         table = getattr(layer, TABLE)
-        width = table.widths[0]
         _VLLMS[table] = act.forward_cuda if table.table.is_cuda else act.forward_native
-        setattr(layer, FUSED, Fused(code, width))
-        mlp.act_fn = AfterFused(act, width)
+        setattr(layer, FUSED, code)
+        mlp.act_fn = AfterFused(act, table.widths[0])
         say_once(f"{type(mlp).__name__}: {type(act).__name__} and the deltas of gate and up are one.", logging.INFO)
 
 
@@ -153,12 +144,11 @@ def _locals(instruction: dis.Instruction) -> tuple[str, ...]:
 
 def _reads(code: Sequence[dis.Instruction], values: set[str]) -> bool:
     """Whether one of the locals is loaded before it is stored anew."""
-    values = set(values)
     for i in code:
         if i.opname.startswith("LOAD_FAST") and values & set(_locals(i)):
             return True
         if _stores(i):
-            values -= set(_locals(i))
+            values = values - set(_locals(i))
     return False
 
 

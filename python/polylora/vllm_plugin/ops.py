@@ -57,9 +57,7 @@ def linear(
     if no_lora.item():
         return
     t = table_of_a(a)
-    step = step_of(rows)
-    delta = _delta_beside(x, t, step)
-    plan = step.plan(x.size(0))
+    plan, delta = _plan_and_delta(x, t, step_of(rows))
     if delta is None:
         torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
     else:
@@ -83,9 +81,7 @@ def gate_up_act(
     t = table_of_a(a)
     if no_lora.item():
         return vllms_activation(t, y)
-    step = step_of(rows)
-    delta = _delta_beside(x, t, step)
-    plan = step.plan(x.size(0))
+    plan, delta = _plan_and_delta(x, t, step_of(rows))
     # the fused one rounds less than vLLM's: a row would tell whether another of its step has an adapter
     if delta is None and (is_batch_invariant() or t.v_width > len(t.widths) * FUSED_RANKS):
         torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
@@ -98,15 +94,16 @@ def gate_up_act(
     return h
 
 
-def _delta_beside(x: Tensor, t: SliceTable, step: StepRows) -> Tensor | None:
-    """The deltas of x, made beside the GEMM of the base that :func:`before_base` told of, or None."""
+def _plan_and_delta(x: Tensor, t: SliceTable, step: StepRows) -> tuple[Tensor, Tensor | None]:
+    """The plan of x's rows, and their deltas, made beside the GEMM of the base that :func:`before_base` told of, or
+    None."""
     fork, step.fork = step.fork, None
     if fork is None or (fork.x, fork.table, fork.delta.size(0)) != (x.data_ptr(), t, x.size(0)):
-        return None
+        return step.plan(x.size(0)), None
     with fork.side.fork(fork.mark):
         torch.ops.polylora.linear_delta(fork.delta, x, t.a, t.b, t.table, fork.plan, t.widths, t.v_width)
     fork.side.join()
-    return fork.delta
+    return fork.plan, fork.delta
 
 
 def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:

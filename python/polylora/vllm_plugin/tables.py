@@ -27,7 +27,7 @@ _SERVED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _said: set[str] = set()
 # Of a layer; private names stay with the layer where vLLM forwards others to its base.
 TABLE = "_polylora_table"
-FUSED = "_polylora_activation"  # what activation.py knows of the layer: it gives the activation's output
+FUSED = "_polylora_activation"  # the number of the activation (polylora.ops.ACTIVATIONS) whose output the layer gives
 
 # By the address of the first slice. A layer's table lives as long as the layer; a table holds its tensors, so that
 # no other tensor can have the address while it is here.

@@ -130,10 +130,10 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         if y.dtype != x.dtype or self._declines(y, x, b, b[0].size(-1), 1.0):
             return layer._apply_lora_to_output(x, y)
-        step, fused = self._tokens, getattr(layer, FUSED)
+        step, act = self._tokens, getattr(layer, FUSED)
         rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        h = torch.ops.polylora_vllm.gate_up_act(*rows, list(a), list(b), step.rows, step.no_lora, step.turn, fused.code)
-        return h.view(*y.shape[:-1], fused.width)
+        h = torch.ops.polylora_vllm.gate_up_act(*rows, list(a), list(b), step.rows, step.no_lora, step.turn, act)
+        return h.view(*y.shape[:-1], h.shape[-1])
 
     def add_lora_logits(
         self,
