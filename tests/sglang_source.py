@@ -130,7 +130,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return StandIn(spec.name)
 
     def exec_module(self, module):
-        pass
+        if module.__name__ == "IPython":
+            module.version_info = (9, 0)  # matplotlib, in the same process, compares it
 
 
 class Hollow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
