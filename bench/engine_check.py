@@ -46,7 +46,8 @@ class LayerCheck:
     def stop(self) -> dict[str, dict[str, float]]:
         """By the last part of the layers' names: how many calls were seen, and the largest ``error``.
 
-        The error of a call: ``||got - right|| / ||right - without LoRA||`` over the rows with an adapter.
+        The error of a call: ``||got - right|| / ||right - without LoRA||`` over the rows with an adapter; where none of
+        them adds anything to the layer, relative to ``||right||``.
         """
         for undo in self._undo:
             undo()
@@ -56,7 +57,8 @@ class LayerCheck:
         rows = slots >= 0
         if rows.any():
             delta = (right - without)[rows].norm()
-            self.errors.setdefault(name, []).append(((got.float() - right)[rows].norm() / delta).item())
+            of = delta if delta > 0 else right[rows].norm()
+            self.errors.setdefault(name, []).append(((got.float() - right)[rows].norm() / of).item())
 
     # ------------------------------------------------------------------------------------------------------- linears
 

@@ -59,6 +59,23 @@ def test_a_lost_adapter_is_seen(fused):
     assert of["error"] > 0.2
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_layer_that_no_adapter_has_is_held_against_its_output(right):
+    setting, model = linear_of(fused=False)
+    if right:
+        for b in setting.layer.lora_b_stacked:
+            b.zero_()
+    else:  # what the kernels add, the check does not know of
+        setting.layer.lora_b_stacked, kernels = tuple(torch.zeros_like(b) for b in setting.layer.lora_b_stacked), \
+            setting.layer.lora_b_stacked
+        apply = setting.wrapper.add_lora_linear
+        setting.wrapper.add_lora_linear = lambda y, x, a, b, *args, **kwargs: apply(y, x, a, kernels, *args, **kwargs)
+    check = engine_check.LayerCheck(model)
+    setting.layer(torch.randn(TOKENS, mlps.K).to(torch.bfloat16))
+    (of,) = check.stop().values()
+    assert of["calls"] == 1 and (of["error"] < 1e-2 if right else of["error"] > 0.1)
+
+
 def experts_of(kind: str) -> tuple[moe.Layer, Model]:
     layer = moe.Layer(kind, torch.bfloat16)
     layer.adapter(1, [8, 8, 8])
