@@ -22,11 +22,21 @@ IDS = {
 
 
 class Mlp:
-    """Weights of ``groups`` adapters, of ranks 16, 5, 0 and 8 in turn, up of the second one absent; NaN beyond them."""
+    """Weights of ``groups`` adapters, of ``ranks`` (of gate and up) in turn, else of ``rank``, 5, 0 and 8, up of the
+    second one absent; NaN beyond them."""
 
-    def __init__(self, groups: int, width: int, dtype: torch.dtype, device: str, rank: int = RANK) -> None:
-        self.ranks = [[rank, rank], [5, 0], [0, 0], [8, 8]]
-        self.ranks = [self.ranks[g % 4] for g in range(groups)]
+    def __init__(
+        self,
+        groups: int,
+        width: int,
+        dtype: torch.dtype,
+        device: str,
+        rank: int = RANK,
+        ranks: list[list[int]] | None = None,
+    ) -> None:
+        ranks = ranks or [[rank, rank], [5, 0], [0, 0], [8, 8]]
+        rank = max(map(max, ranks))
+        self.ranks = [ranks[g % len(ranks)] for g in range(groups)]
         self.a = [(torch.randn(groups, 1, rank, K) / K**0.5).to(dtype) for _ in range(2)]
         self.b = [torch.randn(groups, 1, width, rank).to(dtype) for _ in range(2)]
         for g, pair in enumerate(self.ranks):
@@ -79,12 +89,28 @@ def test_rows_of_adapters_and_of_none(device, dtype, path, rows, groups, ids):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("width", [8, 72, 1040])
-@pytest.mark.parametrize("rank", [3, 64])
+@pytest.mark.parametrize("rank", [3, 32, 33, 64, 128, 256])
 def test_widths_ranks_and_activations(device, dtype, path, width, rank, act):
     torch.manual_seed(width)
-    mlp, ids = Mlp(5, width, dtype, device, max(rank, 8)), IDS["mixed"](50, 5)
+    mlp, ids = Mlp(5, width, dtype, device, rank), IDS["mixed"](50, 5)
     y, x = mlp.rows(50)
     mlp.check(gate_up_act(mlp, y, x, ids, act), y, x, ids, act)
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("rows, groups", [(1, 1), (8, 8), (64, 8), (200, 3), (300, 8), (1024, 8), (1030, 8)])
+@pytest.mark.parametrize("ranks", [[[64, 64]], [[256, 8], [8, 256], [0, 0], [40, 0], [33, 100], [0, 16], [128, 128]]])
+def test_many_ranks(device, dtype, path, ranks, rows, groups, ids):
+    """Gate and up of an adapter need not have as many; twice the same bits, and rows of no adapter the base's."""
+    torch.manual_seed(rows)
+    mlp, ids = Mlp(groups, 72, dtype, device, ranks=ranks), IDS[ids](rows, groups)
+    y, x = mlp.rows(rows)
+    once, again = (gate_up_act(mlp, y, x, ids, "silu") for _ in range(2))
+    mlp.check(once, y, x, ids, "silu")
+    assert torch.equal(once, again)
+    without = (ids < 0).nonzero().flatten()
+    base = gate_up_act(mlp, y, x, IDS["none"](rows, groups), "silu")
+    assert torch.equal(once.cpu()[without], base.cpu()[without])
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])

@@ -1283,8 +1283,39 @@ void few_rows_without_experts() {
       for (const char* ids : {"mixed", "each", "skewed", "one", "none"}) {
         run_narrow(std::to_string(rows) + " rows of " + std::to_string(slots) + ", " + ids,
                    shape_of(rows, slots, {16, 8, 0, 4, 16, 12, 3, 0, 1}, ids));
+        run_narrow(std::to_string(rows) + " rows of " + std::to_string(slots) + ", many ranks, " + ids,
+                   shape_of(rows, slots, {64, 40, 0, 32, 64, 33, 3, 0, 48}, ids));
       }
     }
+  }
+  for (int rank : {32, 33, 36, 63, 64, 96, 100, 128, 200, 256}) {  // whole passes over a rank, and what is left of one
+    for (const bool odd : {false, true}) {
+      Shape shape = shape_of(rank % 2 == 0 ? 40 : 11, 2, {rank, rank, rank, 8}, "mixed");
+      shape.odd_b = odd;
+      run_narrow("rank " + std::to_string(rank) + (odd ? ", odd B" : ""), shape);
+      shape.tight_b = !odd;
+      shape.ranks = {8, rank, 0, rank, rank, 0};  // gate and up end in different passes
+      run_narrow("ranks 8 and " + std::to_string(rank) + (odd ? ", odd B" : ", tight B"), shape);
+    }
+  }
+  for (int64_t width : {8, 136, 1040}) {
+    Shape shape = shape_of(20, 2, {64, 48}, "mixed");
+    shape.widths = {width, width};
+    run_narrow("many ranks, width " + std::to_string(width), shape);
+  }
+  for (const bool noise : {false, true}) {
+    Shape shape = shape_of(40, 5, {256, 0, 8, 24, 40, 0, 96}, "mixed");  // some far below an even share
+    shape.stale_is_noise = noise;
+    run_narrow("8 to 256 ranks", shape);
+    shape.shared_a = true;
+    run_narrow("8 to 256 ranks, one A", shape);
+    shape.broken = true;
+    shape.shared_a = false;
+    shape.more_v = 5;
+    run_narrow("8 to 256 ranks, broken entries", shape);
+    shape.broken = false;
+    shape.other_plan = true;
+    run_narrow("8 to 256 ranks, a plan of other sizes", shape);
   }
   for (int64_t width : {8, 64, 136, 520, 1040}) {
     Shape shape = shape_of(20, 2, {16, 8}, "mixed");
@@ -1323,11 +1354,15 @@ void few_rows_without_experts() {
     Shape shape = shape_of(70, 3, {16, 0, 8, 16, 4}, "mixed");
     shape.widths = {296, 296};
     run_narrow("on " + std::to_string(sms) + " SMs", shape);
+    shape.ranks = {64, 32, 0, 40};
+    run_narrow("many ranks on " + std::to_string(sms) + " SMs", shape);
     shape.slots = 12;
+    run_narrow("many ranks of 12 on " + std::to_string(sms) + " SMs", shape);
+    shape.ranks = {16, 0, 8, 16, 4};
     run_narrow("of 12 on " + std::to_string(sms) + " SMs", shape);
   }
   cuda::emulated_device = {0, 9, 132, 227 * 1024};
-  for (int experts : {1, 4}) {  // what is not served: pairs that share a row of x, one slice, many ranks
+  for (int experts : {1, 4}) {  // what is not served: pairs that share a row of x, one slice
     Shape shape = shape_of(9, 2, {16}, "mixed");
     shape.experts = experts;
     const auto serves = [](const Shape& of) { return cuda::act_narrow_serves(Problem(of, 1).gate_up_act_params()); };
@@ -1341,8 +1376,8 @@ void few_rows_without_experts() {
     shape.interleaved = true;
     CHECK(!serves(shape), "interleaved: served");
     shape.interleaved = false;
-    shape.ranks = {64};
-    CHECK(!serves(shape), "rank 64: served");
+    shape.ranks = {256};
+    CHECK(serves(shape), "rank 256: not served");
   }
 }
 

@@ -28,6 +28,10 @@ cudaError_t note(const char* what) {
 
 namespace cuda {
 
+/// POLYLORA_BATCH_INVARIANT, as tests set it.
+bool invariant = false;
+bool batch_invariant() { return invariant; }
+
 cudaError_t linear_general_path(const LoraParams&, cudaStream_t) { return note("linear"); }
 cudaError_t shrink_general_path(const LoraParams&, cudaStream_t) { return note("shrink"); }
 cudaError_t expand_general_path(const LoraParams&, cudaStream_t) { return note("expand"); }
@@ -150,6 +154,38 @@ void seams_without_outputs() {
   }
 }
 
+/// Up to which rows a dense MLP's gate and up go by the kernels for few: the scratch that is asked for tells.
+void few_rows_without_experts() {
+  const auto check = [](int64_t rows, int32_t v_width, bool few) {
+    GateUpActParams g{};
+    LoraParams& p = g.lora;
+    p = without_groups();
+    p.rows = rows;
+    p.x_div = 1;
+    p.y_stride = 128;
+    p.v_width = v_width;
+    p.slices.groups = 8;
+    p.slices.count = 2;
+    p.slices.width[1] = p.slices.col[1] = 64;
+    p.slices.a_stride[0] = p.slices.a_stride[1] = p.k;
+    p.plan.max_tiles = 8 + rows / 16;
+    g.h_stride = 64;
+    int64_t asked = -1, narrow = -1, stream = -1;
+    CHECK(cuda::gate_up_act_scratch(g, asked) == cudaSuccess && cuda::act_narrow_scratch(g, narrow) == cudaSuccess &&
+              cuda::moe_gate_up_act_scratch(g, stream) == cudaSuccess && narrow != stream,
+          "%lld rows", (long long)rows);
+    CHECK(asked == (few ? narrow : stream), "%lld rows, v of %d: %lld bytes; of few rows %lld, streams %lld",
+          (long long)rows, v_width, (long long)asked, (long long)narrow, (long long)stream);
+  };
+  for (int32_t v_width : {48, 64, 128, 512}) {
+    for (int64_t rows : {1, 256, 257, 1024}) check(rows, v_width, true);
+    check(1025, v_width, false);
+    cuda::invariant = true;
+    check(256, v_width, false);
+    cuda::invariant = false;
+  }
+}
+
 /// Zeros in the deltas of two slices, and in nothing between their rows; by what.
 void zeroed_deltas(const std::string& what, int64_t rows, int64_t pitch, const std::string& want) {
   constexpr int64_t kWidth = 24 + 7;
@@ -201,6 +237,7 @@ void deltas_before_they_are_made() {
 int main() {
   polylora::testing::forced_paths_of_seams_without_groups();
   polylora::testing::seams_without_outputs();
+  polylora::testing::few_rows_without_experts();
   polylora::testing::deltas_before_they_are_made();
   return polylora::testing::report();
 }

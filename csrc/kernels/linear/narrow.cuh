@@ -202,9 +202,10 @@ struct NarrowShrink {
 };
 
 /// y += scale * v B^T, a unit of outputs at a time. kWide: made for ranks of 32 and more (units of 32 outputs, 64 ranks
-/// at a time), else for less (64 outputs, or 32, and 16 ranks); both take any rank.
-template <typename T, bool kWide, int kRows, int kUnitOutputs = kWide ? 32 : 64>
+/// at a time, or 32), else for less (64 outputs, or 32, and 16 ranks); both take any rank.
+template <typename T, bool kWide, int kRows, int kUnitOutputs = kWide ? 32 : 64, int kRanks = kWide ? 64 : 16>
 struct NarrowExpand {
+  static_assert(kWide ? kRanks == 64 || kRanks == 32 : kRanks == 16);
   static constexpr int kOutputs = kUnitOutputs;
   static constexpr int kHalves = kOutputs / 32;
   static constexpr int kEights = kRows / 8;
@@ -276,7 +277,7 @@ struct NarrowExpand {
     if (is_wide(r, rank, alignment)) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) b_frag[j] = ptx::load_weights16(b_row(j) + r + 8 * t);
-      if (is_wide(r + 32, rank, alignment)) {
+      if (kRanks == 64 && is_wide(r + 32, rank, alignment)) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) b_frag[4 + j] = ptx::load_weights16(b_row(j) + r + 32 + 8 * t);
       }
@@ -304,7 +305,7 @@ struct NarrowExpand {
     const int t = threadIdx.x % 4;
     if (is_wide(r, rank, alignment)) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kRanks / 32; ++i) {
         if (i == 1 && !is_wide(r, rank, alignment)) break;
         const uint4 low = *reinterpret_cast<const uint4*>(v + r + 8 * t);
         uint4 high{0, 0, 0, 0};
@@ -374,14 +375,18 @@ struct NarrowExpand {
 /// Whether rows of B lie so close together that what is between them is little.
 __device__ __forceinline__ bool are_close(int b_stride, int rank) { return b_stride <= rank + 8; }
 
-/// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on. A
-/// prefetch takes a lane at a time, so its pieces are dealt to the warps in turn. Devices before 9.0 cannot.
+/// Elements of B that a block may prefetch: of all blocks together, little beside what L2 holds.
+inline constexpr uint32_t kMostPrefetched = 48 * 1024;
+
+/// The units of a block's rows of weights towards L2, before they may be used: `outputs` rows of B from `from` on, or
+/// `most` elements. A prefetch takes a lane at a time, so its pieces are dealt to the warps in turn. Devices before 9.0
+/// cannot.
 template <typename T>
-__device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank, int outputs) {
+__device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank, int outputs,
+                                           uint32_t most = kMostPrefetched) {
 #if POLYLORA_HAS_CLUSTERS
-  constexpr uint32_t kMostElements = 48 * 1024;  // of all blocks together, little beside what L2 holds
   if (outputs <= 0 || (reinterpret_cast<uintptr_t>(from) & 15) != 0 || b_stride % 8 != 0) return;
-  outputs = min(outputs, static_cast<int>(kMostElements / static_cast<uint32_t>(rank)));
+  outputs = min(outputs, static_cast<int>(most / static_cast<uint32_t>(rank)));
   const int threads = static_cast<int>(blockDim.x);
   const int mine = static_cast<int>(threadIdx.x % 32 * (blockDim.x / 32) + threadIdx.x / 32);
   if (are_close(b_stride, rank)) {  // in pieces of 1 KiB

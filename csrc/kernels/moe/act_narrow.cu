@@ -23,12 +23,16 @@ struct NarrowActTask {
   ExpandTask expand;  // for the activation and the rows without an adapter
 };
 
+/// kWide: made for ranks of 32 and more, 32 of gate and of up at a time, else for less, 16; both take any rank. For 64
+/// there are too few registers, and for 32 just enough: y's addresses are made anew for each unit.
+///
 /// After a GEMM of the base no cache holds this code any more, so there is little of it: the activation is the kernel's
 /// own, and loads stand in one place. H200, 4096 -> 2 x 14336 r16, 128 rows of 8 adapters, 60 and 37 KiB of code: 13.4
 /// and 12.3 us, behind a GEMM 12.5 and 10.1.
-template <typename T, int kRows, Activation kAct>
+template <typename T, bool kWide, int kRows, Activation kAct>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __grid_constant__ NarrowActTask params) {
-  using Expand = NarrowExpand<T, false, kRows, kOutputs>;
+  constexpr int kRanks = kWide ? 32 : 16;  // at a time
+  using Expand = NarrowExpand<T, kWide, kRows, kOutputs, kRanks>;
   const LinearTask& task = params.linear;
   T* smem_v = reinterpret_cast<T*>(ptx::dynamic_smem());  // [2][kRows][pitch]
   const int pitch = narrow_v_pitch(task.rank_cap);
@@ -71,19 +75,30 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
       expand.clear();
       expand.begin(task, job, n.begin + warp, entry.b_offset, entry.b_stride);
       if (rank[s] > 0 && are_close(b_stride[s], rank[s])) {  // what the warps take next, towards L2
-        const int first = (n.begin + kWarps) * kOutputs;
+        const int first = (n.begin + (rank[s] > kRanks ? 0 : kWarps)) * kOutputs;
         prefetch_b(static_cast<const T*>(slice.b) + entry.b_offset + int64_t{first} * b_stride[s], b_stride[s], rank[s],
-                   min(n.end * kOutputs, slice.width) - first);
+                   min(n.end * kOutputs, slice.width) - first, kMostPrefetched / 2);
       }
     }
     const int most = max(rank[0], rank[1]);
     bool have_v = false;
-    int r = 0;
+    uint4 y[Expand::kEights][2] = {};
+    int r_gate = 0, r_up = 0;
 #pragma unroll 1
     while (true) {
       if (gate.unit < n.end) {
-        gate.load(r, rank[0], has, b_stride[0], alignment[0]);
-        up.load(r, rank[1], has, b_stride[1], alignment[1]);
+        if (r_gate == 0) {
+#pragma unroll
+          for (int i = 0; i < Expand::kEights; ++i) {
+            const int64_t row = job.row(task, g + 8 * i);  // of all lanes at once
+            if (!gate.has_piece(0, i, has)) continue;
+            const T* from = static_cast<const T*>(task.y) + row * task.y_stride + gate.unit * kOutputs + 8 * t;
+            y[i][0] = ptx::load16(from + task.slice[0].col);
+            y[i][1] = ptx::load16(from + task.slice[1].col);
+          }
+        }
+        gate.load(r_gate, rank[0], 0, b_stride[0], alignment[0]);
+        up.load(r_up, rank[1], 0, b_stride[1], alignment[1]);
       }
       if (!have_v) {  // as 16-bit operands: the one rounding, unscaled as in the plain formula
         have_v = true;
@@ -106,11 +121,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
       }
       if (gate.unit >= n.end) break;
       const T* v = smem_v + g * pitch;
-      if (r < rank[0]) gate.multiply(r, rank[0], alignment[0], v, pitch);
-      if (r < rank[1]) up.multiply(r, rank[1], alignment[1], v + kRows * pitch, pitch);
-      r += kRankTile;
-      if (r < most) continue;
-      r = 0;
+      r_gate = r_gate < rank[0] ? gate.multiply(r_gate, rank[0], alignment[0], v, pitch) : kMaxRank;
+      r_up = r_up < rank[1] ? up.multiply(r_up, rank[1], alignment[1], v + kRows * pitch, pitch) : kMaxRank;
+      if (r_gate < rank[0] || r_up < rank[1]) continue;
+      r_gate = r_up = 0;
 #pragma unroll
       for (int i = 0; i < Expand::kEights; ++i) {
         const int64_t row = job.row(task, g + 8 * i);  // of all lanes at once
@@ -118,9 +132,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
         float delta[2][8];
         gate.take_delta(0, i, delta[0]);
         up.take_delta(0, i, delta[1]);
-        const uint4 y[2] = {gate.y_frag[i][0], up.y_frag[i][0]};
         T* h = static_cast<T*>(params.expand.out) + row * params.expand.out_stride + gate.unit * kOutputs + 8 * t;
-        ptx::store16(h, activate<T, 2>({kAct, 0.f, 0.f}, y, scale, delta));
+        ptx::store16(h, activate<T, 2>({kAct, 0.f, 0.f}, y[i], scale, delta));
       }
       gate.next(kWarps, b_stride[0]);
       up.next(kWarps, b_stride[1]);
@@ -134,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
 // Groups up to which a plan of one row a pair counts as a dense layer's. More are experts', of which each has few rows.
 constexpr int64_t kMostGroups = 256;
 
-// Ranks from which on 16 at a time are too few.
+// Ranks (an even share) from which on 16 at a time are too few.
 constexpr int64_t kManyRanks = 32;
 
 // What linear's kernels take: without experts, a pair is a row of x.
@@ -151,7 +164,7 @@ bool act_narrow_serves(const GateUpActParams& g) {
   const bool is_dense = p.x_div == 1 && p.row_map == nullptr && p.row_weight == nullptr && !p.v_of_x;
   const bool is_known = g.act == Activation::kSilu || g.act == Activation::kGeluTanh;
   return is_dense && is_known && p.slices.count == 2 && p.slices.col_stride == 1 && p.slices.groups <= kMostGroups &&
-         even_rank(p) < kManyRanks && moe_act_serves(g) && narrow_shrink_serves(dense(p));
+         moe_act_serves(g) && narrow_shrink_serves(dense(p));
 }
 
 cudaError_t act_narrow_scratch(const GateUpActParams& g, int64_t& bytes) {
@@ -181,13 +194,17 @@ cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream) {
   shape.overlap = true;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool full = narrow_job_rows(p) == kTileRows;
-    if (g.act == Activation::kSilu) {
-      return full ? launch<&act_narrow<T, 16, Activation::kSilu>>(device, shape, task, stream)
-                  : launch<&act_narrow<T, 8, Activation::kSilu>>(device, shape, task, stream);
-    }
-    return full ? launch<&act_narrow<T, 16, Activation::kGeluTanh>>(device, shape, task, stream)
-                : launch<&act_narrow<T, 8, Activation::kGeluTanh>>(device, shape, task, stream);
+    const auto of_ranks = [&](auto is_wide) {
+      constexpr bool kWide = decltype(is_wide)::value;
+      const bool full = narrow_job_rows(p) == kTileRows;
+      if (g.act == Activation::kSilu) {
+        return full ? launch<&act_narrow<T, kWide, 16, Activation::kSilu>>(device, shape, task, stream)
+                    : launch<&act_narrow<T, kWide, 8, Activation::kSilu>>(device, shape, task, stream);
+      }
+      return full ? launch<&act_narrow<T, kWide, 16, Activation::kGeluTanh>>(device, shape, task, stream)
+                  : launch<&act_narrow<T, kWide, 8, Activation::kGeluTanh>>(device, shape, task, stream);
+    };
+    return even_rank(p) < kManyRanks ? of_ranks(std::false_type{}) : of_ranks(std::true_type{});
   });
 }
 

@@ -22,7 +22,7 @@ bool moe_act_serves(const GateUpActParams& g);
 cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes);
 cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream);
 
-/// The same for few rows of a layer without experts (a pair is a row of x), few ranks, two slices.
+/// The same for few rows of a layer without experts (a pair is a row of x), two slices.
 bool act_narrow_serves(const GateUpActParams& g);
 cudaError_t act_narrow_scratch(const GateUpActParams& g, int64_t& bytes);
 cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream);
