@@ -1110,6 +1110,152 @@ void long_runs() {
   }
 }
 
+/// Which kernel finishes runs of a middling length, no bit tells either: of runs that fill one row tile, two, parts of
+/// them, or several walks.
+void middle_runs_like_others() {
+  int turn = 0;
+  for (int64_t rows : {1, 5, 8, 9, 16, 17, 22, 24, 25, 31, 32, 33, 48, 70, 129, 150}) {
+    for (const std::vector<int>& ranks : {std::vector<int>{16}, {8, 3, 0, 16}, {12}}) {
+      const DType dtype = ++turn % 2 == 0 ? DType::kBFloat16 : DType::kFloat16;
+      Shape shape{Op::kGateUpAct, rows, 1, 72, {turn % 4 == 0 ? 136 : 320}, ranks, dtype, 1, 4, "mixed"};
+      if (turn % 3 == 0) shape.ids = "skewed";
+      if (turn % 3 == 1) shape.ids = "one";
+      shape.act = turn % 5 < 3 ? Activation::kRelu2 : Activation::kGelu;
+      shape.odd_b = turn % 7 == 3;
+      shape.tight_b = turn % 7 == 5;
+      const int64_t width = shape.widths[0];
+      Problem problem(shape, 1);
+      GateUpActParams g = problem.gate_up_act_params();
+      LoraParams& p = g.lora;
+      int planes = 0;
+      const bool ready = cuda::moe_planes(p, cuda::kAllBlocks, planes) == cudaSuccess;
+      const int64_t bytes = cuda::moe_plane_bytes(p, planes);
+      const std::string what =
+          "middle, " + std::to_string(rows) + " rows, rank " + std::to_string(ranks[0]) + ", ids " + shape.ids;
+      const auto shrink = [&](uint64_t seed) {
+        problem.spoil(seed, false);
+        p.scratch = problem.scratch(bytes);
+        return ready && cuda::moe_shrink_path(p, planes, cuda::kAllBlocks, nullptr) == cudaSuccess;
+      };
+      CHECK(shrink(1) && cuda::moe_expand_act_path(g, planes, nullptr) == cudaSuccess, "%s", what.c_str());
+      const auto h = problem.check(what);
+      CHECK(shrink(2) && cuda::moe_expand_middle_act_path(g, planes, nullptr) == cudaSuccess, "%s", what.c_str());
+      CHECK(problem.check(what) == h, "%s: other bits", what.c_str());
+      // deltas, all and some of the outputs, and y with them added
+      std::vector<unsigned char> of_kernel[2];
+      for (const bool middle : {false, true}) {
+        std::vector<unsigned char>& to = of_kernel[middle];
+        const auto note = [&](const LoraParams& from, int64_t rows_there, int64_t pitch) {
+          const auto* begin = static_cast<const unsigned char*>(from.y);
+          to.insert(to.end(), begin, begin + 2 * rows_there * pitch);
+        };
+        std::vector<uint4> memory(static_cast<size_t>(rows * width / 8), uint4{0x3f803f80, 1, 2, 0x40003f00});
+        LoraParams of_deltas = p;
+        of_deltas.y = memory.data();
+        of_deltas.y_stride = width;
+        of_deltas.slices.col[0] = 0;
+        const auto deltas = middle ? cuda::moe_expand_middle_deltas_path : cuda::moe_expand_deltas_path;
+        CHECK(deltas(of_deltas, planes, 1, nullptr) == cudaSuccess, "%s", what.c_str());
+        note(of_deltas, rows, width);
+        const auto add = middle ? cuda::moe_expand_middle_add_path : cuda::moe_expand_add_path;
+        CHECK(add(of_deltas, planes, nullptr) == cudaSuccess, "%s", what.c_str());
+        note(of_deltas, rows, width);
+        const auto some = middle ? cuda::moe_expand_middle_delta_path : cuda::moe_expand_delta_path;
+        CHECK(some(p, planes, memory.data(), 64, 136, nullptr) == cudaSuccess, "%s", what.c_str());
+        note(of_deltas, rows, 72);
+      }
+      CHECK(of_kernel[0] == of_kernel[1], "%s: other deltas", what.c_str());
+    }
+  }
+}
+
+/// As run, of calls whose expand is that of runs of a middling length: one slice.
+void run_middle(const std::string& what, const Shape& shape, int runs = 2) {
+  const Problem problem(shape, 1);
+  CHECK(cuda::moe_expand_middle_serves(problem.params()), "%s: not served", what.c_str());
+  run(what, shape, runs);
+}
+
+/// Runs of 17 to 32 rows and others beside them, among groups enough that the call counts as middling; more units than
+/// are looked up together, and what no kernel may touch.
+void middle_runs(Op op) {
+  const std::string name = std::string(name_of(op)) + " middle";
+  const auto shape_of = [op](int64_t rows, int64_t width, const std::vector<int>& ranks, const std::string& ids) {
+    Shape shape{op, rows, 1, 64, {width}, ranks, rows % 2 == 0 ? DType::kBFloat16 : DType::kFloat16};
+    shape.slots = 1;
+    shape.experts = static_cast<int>(rows);
+    shape.ids = ids;
+    shape.act = Activation::kRelu2;
+    return shape;
+  };
+  for (int64_t rows : {1, 8, 16, 17, 22, 24, 25, 31, 32, 33, 64, 65, 130}) {
+    for (int64_t width : {8, 72, 264}) {
+      run_middle(name + " " + std::to_string(rows) + " rows of one group, width " + std::to_string(width),
+                 shape_of(rows, width, {16}, "one"));
+    }
+  }
+  for (int rank : {1, 4, 8, 12, 15}) {
+    Shape shape = shape_of(22, 136, {rank}, "one");
+    run_middle(name + " rank " + std::to_string(rank), shape);
+    shape.tight_b = true;
+    run_middle(name + " rank " + std::to_string(rank) + ", B without padding", shape);
+    shape.odd_b = true;
+    run_middle(name + " rank " + std::to_string(rank) + ", odd B", shape);
+  }
+  for (const char* map : {"", "sorted", "shuffled"}) {
+    for (int sms : {1, 2, 132}) {
+      cuda::emulated_device.sms = sms;
+      Shape shape = shape_of(90, 200, {16, 0, 8, 16, 3}, "skewed");
+      shape.slots = 2;
+      shape.experts = 32;
+      shape.map = map;
+      if (shape.map == "sorted") shape.experts = 44;  // and as many rows more
+      const std::string what = name + " on " + std::to_string(sms) + " SMs, map " + map;
+      if (shape.map != "sorted") {
+        run_middle(what, shape);
+      } else {
+        run(what, shape);
+      }
+      shape.ids = "none";
+      run(what + ", ids none", shape);
+      shape.ids = "mixed";
+      shape.stale_is_noise = shape.broken = true;
+      run(what + ", noise before, broken entries", shape);
+      shape.broken = false;
+      shape.other_plan = true;
+      run(what + ", a plan of other sizes", shape);
+      shape.other_plan = false;
+      shape.ranks = {0};
+      run(what + ", all absent", shape);
+    }
+  }
+  // K in parts: several planes
+  cuda::emulated_device.sms = 132;
+  Shape shape = shape_of(30, 72, {16, 8}, "skewed");
+  shape.k = 584;
+  run_middle(name + ", K in parts", shape);
+}
+
+/// Which calls count as middling: one slice, up to 16 ranks, rows enough for their groups, none of them for long runs.
+void choice_of_middle_expand() {
+  const auto serves = [](const char* what, Shape shape, bool is_middle) {
+    const Problem problem(shape, 1);
+    const bool served = cuda::moe_expand_middle_serves(problem.params());
+    CHECK(served == is_middle, "%s: %s", what, served ? "served" : "not served");
+  };
+  Shape shape{Op::kDown, 22, 1, 64, {64}, {16}, DType::kBFloat16, 1, 20, "one"};
+  serves("a row a group and more", shape, true);
+  shape.experts = 23;
+  serves("less than a row a group", shape, false);
+  shape.experts = 11;
+  serves("two rows a group", shape, false);
+  shape.experts = 20;
+  shape.ranks = {17};
+  serves("17 ranks", shape, false);
+  shape = {Op::kGateUpAct, 22, 1, 64, {64, 64}, {8}, DType::kBFloat16, 1, 20, "one"};
+  serves("two slices", shape, false);
+}
+
 /// As run, of calls whose shrink is that of long runs.
 void run_long(const std::string& what, const Shape& shape, int runs = 2) {
   const Problem problem(shape, 1);
@@ -1396,6 +1542,9 @@ int main(int count, char** names) {
     if (op == Op::kGateUpAct) activations();
     if (op == Op::kGateUpAct) blocks_of_given_v();
     if (op == Op::kGateUpAct) long_runs();
+    if (op == Op::kGateUpAct) middle_runs_like_others();
+    middle_runs(op);
+    if (op == Op::kDown) choice_of_middle_expand();
     if (op == Op::kGateUpAct) few_rows_without_experts();
     shrink_of_long_runs(op);
     if (op == Op::kDown) places_in_long_runs();

@@ -35,17 +35,6 @@ struct ExpandSmem {
   // behind: v of all slices, [kSlices][kTileRows][v_pitch]
 };
 
-/// Where 16-byte piece `piece` of an output lies: outputs in the order in which ldmatrix reads them, pieces shifted so
-/// that eight rows of a matrix lie in different banks.
-template <int kRanks>
-__device__ __forceinline__ int b_piece_at(int slot, int piece) {
-  constexpr int kPieces = kRanks / 8;
-  constexpr int kShift = kPieces == 2 ? 2 : kPieces == 4 ? 1 : 0;
-  return (slot * kPieces + (piece ^ ((slot >> kShift) & (kPieces - 1)))) * 16;
-}
-/// Output 8t + 2i + e of 32 is column 2t + e of mma i.
-__device__ __forceinline__ int slot_of(int n) { return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2; }
-
 /// What a warp asks for, a step at a time, ahead of its products.
 template <typename T, int kSlices, int kRanks, Finish kFinish>
 class ExpandLoads {
@@ -159,16 +148,6 @@ class ExpandLoads {
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) ptx::copy_async16(at + s * Smem::kYBytes, y + task_.col[s] + n, 16);
     }
-  }
-
-  // Out of line: pitches and offsets that are no multiples of 8.
-  __device__ __attribute__((noinline)) static void copy_elements(unsigned char* to, const T* from, int count) {
-    uint32_t pair[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) pair[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(from)[i]} << (i % 2 * 16);
-    }
-    *reinterpret_cast<uint4*>(to) = {pair[0], pair[1], pair[2], pair[3]};
   }
 
   const ExpandTask& task_;

@@ -6,7 +6,7 @@
 //   deltas alone               moe_expand.cu; what adds them: moe_act.cu, moe_sum.cu
 //
 // Of long runs, moe_shrink_long.cu takes the place of moe_shrink.cu (9.0a), and moe_expand_long.cu makes the activation
-// and the deltas.
+// and the deltas. Of runs of a middling length, moe_expand_middle.cu takes the place of moe_expand.cu.
 #include "linear/paths.h"
 #include "moe/paths.h"
 #include "moe/stream.cuh"
@@ -26,7 +26,7 @@ bool is_few(const DownReduceParams& d) {
   return few && d.top_k <= kFewTokenPairs && !batch_invariant();
 }
 
-// Outputs of which deltas are made at once: what a block of moe_expand.cu or moe_expand_long.cu makes, or a multiple.
+// Outputs of which deltas are made at once: what a block of its kernel makes, or a multiple.
 int32_t delta_columns(const DownReduceParams& d) {
   const int64_t step = moe_expand_long_serves(d.lora, 0) ? 128 : 256;
   const int64_t width = d.lora.slices.width[0];
@@ -129,7 +129,8 @@ cudaError_t shrink(const LoraParams& p, int& planes, cudaStream_t stream, int mo
 cudaError_t moe_linear_path(const LoraParams& p, cudaStream_t stream) {
   int planes = 0;
   const cudaError_t error = shrink(p, planes, stream);
-  return error == cudaSuccess ? moe_expand_add_path(p, planes, stream) : error;
+  if (error != cudaSuccess) return error;
+  return (moe_expand_middle_serves(p) ? moe_expand_middle_add_path : moe_expand_add_path)(p, planes, stream);
 }
 
 cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes) {
@@ -142,7 +143,9 @@ cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream) 
   const cudaError_t error = shrink(g.lora, planes, stream);
   if (error != cudaSuccess) return error;
   const bool is_long = g.lora.slices.col_stride == 1 && moe_expand_long_serves(g.lora, g.h_stride);
-  return (is_long ? moe_expand_long_act_path : moe_expand_act_path)(g, planes, stream);
+  return (is_long                            ? moe_expand_long_act_path
+          : moe_expand_middle_serves(g.lora) ? moe_expand_middle_act_path
+                                             : moe_expand_act_path)(g, planes, stream);
 }
 
 cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes) {
@@ -160,8 +163,9 @@ cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream) {
   int planes = 0;
   const cudaError_t error = shrink(p, planes, stream, most_blocks);
   if (error != cudaSuccess) return error;
-  return (moe_expand_long_serves(p, p.y_stride) ? moe_expand_long_deltas_path : moe_expand_deltas_path)(
-      p, planes, most_blocks, stream);
+  return (moe_expand_long_serves(p, p.y_stride) ? moe_expand_long_deltas_path
+          : moe_expand_middle_serves(p)         ? moe_expand_middle_deltas_path
+                                                : moe_expand_deltas_path)(p, planes, most_blocks, stream);
 }
 
 cudaError_t moe_down_reduce_scratch(const DownReduceParams& d, int64_t& bytes) {
@@ -179,7 +183,9 @@ cudaError_t moe_down_reduce_path(const DownReduceParams& d, cudaStream_t stream)
   void* delta = static_cast<char*>(d.lora.scratch) + plane_bytes_aligned(d.lora, planes);
   const int32_t width = d.lora.slices.width[0];
   const int32_t step = delta_columns(d);
-  const auto make_deltas = moe_expand_long_serves(d.lora, step) ? moe_expand_long_delta_path : moe_expand_delta_path;
+  const auto make_deltas = moe_expand_long_serves(d.lora, step) ? moe_expand_long_delta_path
+                           : moe_expand_middle_serves(d.lora)   ? moe_expand_middle_delta_path
+                                                                : moe_expand_delta_path;
   for (int32_t n = 0; n < width && error == cudaSuccess; n += step) {
     const int32_t end = n + step < width ? n + step : width;
     error = make_deltas(d.lora, planes, delta, n, end, stream);

@@ -59,6 +59,16 @@ inline constexpr int64_t kLongRun = POLYLORA_LONG_RUN;
 /// Whether most runs are, as far as the capacities tell.
 inline bool has_long_runs(const LoraParams& p) { return p.rows >= kLongRun * int64_t{p.slices.groups}; }
 
+/// Rows a group from which runs count as middling, below long ones. A step rarely hits all groups that the capacities
+/// count: of 11 rows a group (nemotron3-super, 2048 tokens, 4 of 8 adapters) runs have 22. Tests set it lower.
+#ifndef POLYLORA_MIDDLE_RUN
+#define POLYLORA_MIDDLE_RUN 10
+#endif
+inline constexpr int64_t kMiddleRun = POLYLORA_MIDDLE_RUN;
+inline bool has_middle_runs(const LoraParams& p) {
+  return p.rows >= kMiddleRun * int64_t{p.slices.groups} && !has_long_runs(p);
+}
+
 /// The path that serves the call: what linear is for is_moe.
 cudaError_t moe_scratch(const LoraParams& p, int64_t& bytes);
 cudaError_t moe_linear(const LoraParams& p, cudaStream_t stream);
@@ -95,6 +105,14 @@ cudaError_t moe_expand_long_act_path(const GateUpActParams& g, int planes, cudaS
 cudaError_t moe_expand_long_deltas_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
 cudaError_t moe_expand_long_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
                                        cudaStream_t stream);
+
+/// All of this for runs of a middling length, one slice and up to 16 ranks, 32 rows at a time; again no bit tells.
+bool moe_expand_middle_serves(const LoraParams& p);
+cudaError_t moe_expand_middle_add_path(const LoraParams& p, int planes, cudaStream_t stream);
+cudaError_t moe_expand_middle_act_path(const GateUpActParams& g, int planes, cudaStream_t stream);
+cudaError_t moe_expand_middle_deltas_path(const LoraParams& p, int planes, int most_blocks, cudaStream_t stream);
+cudaError_t moe_expand_middle_delta_path(const LoraParams& p, int planes, void* delta, int32_t n_begin, int32_t n_end,
+                                         cudaStream_t stream);
 
 /// The sum of y2 and these deltas over a token's experts.
 cudaError_t moe_sum_path(const DownReduceParams& d, const void* delta, int32_t n_begin, int32_t n_end,
