@@ -1388,6 +1388,38 @@ void choice_of_long_shrink() {
   cuda::emulated_device = {0, 9, 132, 227 * 1024};
 }
 
+/// Which kernel applies the activation to y1 and deltas, no bit tells.
+void acts_of_deltas() {
+  int turn = 0;
+  for (int64_t most : {8, 72, 264, 520}) {
+    for (const char* map : {"", "sorted", "shuffled"}) {
+      for (int slices : {1, 2, 3}) {  // 3: two, interleaved
+        const DType dtype = ++turn % 2 == 0 ? DType::kBFloat16 : DType::kFloat16;
+        const int64_t width = slices == 1 ? most : std::min<int64_t>(most, 392);  // still few deltas
+        Shape shape{Op::kGateUpAct, width > 72 ? 4 : 9, 2, 64, {width}, {16, 0, 8}, dtype, 3, 4, "mixed", map};
+        if (slices > 1) shape.widths.push_back(width);
+        shape.interleaved = slices == 3;
+        shape.act = slices == 1 ? Activation::kRelu2 : turn % 3 == 0 ? Activation::kSwigluOai : Activation::kSilu;
+        shape.apart = true;
+        const std::string what =
+            "act of deltas, width " + std::to_string(width) + ", slices " + std::to_string(slices) + ", map " + map;
+        Problem problem(shape, 1);
+        std::vector<unsigned char> h[2];
+        for (const bool is_long : {false, true}) {
+          problem.spoil(1, true);
+          GateUpActParams g = problem.gate_up_act_params();
+          CHECK(make_deltas(problem, g.delta, g.delta_stride) == cudaSuccess, "%s", what.c_str());
+          CHECK(!cuda::moe_act_long_serves(g), "%s: long", what.c_str());
+          const auto act = is_long ? cuda::moe_act_long_path : cuda::moe_add_act_path;
+          CHECK(act(g, nullptr) == cudaSuccess, "%s", what.c_str());
+          h[is_long] = problem.check(what + (is_long ? ", long" : ""));
+        }
+        CHECK(h[0] == h[1], "%s: other bits", what.c_str());
+      }
+    }
+  }
+}
+
 void activations() {
   for (Activation act :
        {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu2, Activation::kSwigluOai}) {
@@ -1539,6 +1571,7 @@ int main(int count, char** names) {
     if (count > 1 && !named) continue;
     any_op(op);
     if (op == Op::kGateUp || op == Op::kGateUpAct) gate_and_up(op);
+    if (op == Op::kGateUpAct) acts_of_deltas();
     if (op == Op::kGateUpAct) activations();
     if (op == Op::kGateUpAct) blocks_of_given_v();
     if (op == Op::kGateUpAct) long_runs();

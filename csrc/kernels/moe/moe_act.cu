@@ -7,7 +7,7 @@
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "linear/task.cuh"
-#include "moe/activate.cuh"
+#include "moe/act_task.cuh"
 #include "moe/paths.h"
 
 namespace polylora::cuda {
@@ -16,20 +16,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kOutputs = 4;  // of a lane
 constexpr int kPiece = 32 * kOutputs;
-
-struct ActTask {
-  const int32_t* header;
-  const int32_t* row_group;
-  const void* y;      // of gate, or of up alone
-  const void* delta;  // slice after slice
-  void* h;
-  int64_t y_stride, delta_stride, h_stride;
-  int64_t up_col;  // from gate's output 0
-  int32_t rows, groups, pairs;
-  int32_t width;
-  ActivationOf act;
-  bool interleaved, is_short;
-};
 
 template <typename T, int kSlices>
 __global__ void __launch_bounds__(kWarps * 32) moe_act(const __grid_constant__ ActTask task) {
@@ -97,30 +83,14 @@ cudaError_t moe_add_act_path(const GateUpActParams& g, cudaStream_t stream) {
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const LoraParams& p = g.lora;
-  const SliceSet& slices = p.slices;
-  ActTask task{};
-  task.header = p.plan.header;
-  task.row_group = p.plan.row_group;
-  task.y = static_cast<const uint16_t*>(p.y) + slices.col[0];
-  task.delta = g.delta;
-  task.h = g.h;
-  task.y_stride = p.y_stride;
-  task.delta_stride = g.delta_stride;
-  task.h_stride = g.h_stride;
-  task.up_col = slices.count == 2 ? slices.col[1] - slices.col[0] : 0;
-  task.rows = p.plan.rows;
-  task.groups = p.plan.groups;
-  task.pairs = p.plan.pairs;
-  task.width = slices.width[0];
-  task.act = {g.act, g.alpha, g.limit};
-  task.interleaved = slices.col_stride == 2;
-  task.is_short = 2 * p.rows * task.width * slices.count <= kShortDeltas;
+  if (moe_act_long_serves(g)) return moe_act_long_path(g, stream);
+  const ActTask task = seam_task(g);
   LaunchShape shape;
   shape.grid =
       dim3(static_cast<unsigned>(divide_up(p.rows, kWarps)), static_cast<unsigned>(divide_up(task.width, kPiece)));
   shape.threads = kWarps * 32;
   shape.overlap = true;
-  const bool gated = slices.count == 2;
+  const bool gated = p.slices.count == 2;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
     return gated ? launch<&moe_act<T, 2>>(device, shape, task, stream)

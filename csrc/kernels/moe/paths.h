@@ -40,6 +40,13 @@ inline constexpr int64_t kShortDeltas = POLYLORA_SHORT_DELTAS;
 /// h = act(y1 + g.delta).
 bool moe_add_act_serves(const GateUpActParams& g);
 cudaError_t moe_add_act_path(const GateUpActParams& g, cudaStream_t stream);
+/// The same of many deltas, which the former leaves to it; no bit tells. Tests set the bytes lower.
+#ifndef POLYLORA_LONG_DELTAS
+#define POLYLORA_LONG_DELTAS (32 << 20)
+#endif
+inline constexpr int64_t kLongDeltas = POLYLORA_LONG_DELTAS;
+bool moe_act_long_serves(const GateUpActParams& g);
+cudaError_t moe_act_long_path(const GateUpActParams& g, cudaStream_t stream);
 
 /// out = sum over a token's experts of w * (y2 + delta).
 bool moe_reduce_serves(const DownReduceParams& d);
