@@ -127,6 +127,7 @@ class Problem {
     y_before_ = y_->copy();
     x_truth_ = x_->copy();
     plan_truth_ = {plan_->data(), plan_->data() + plan_->size()};
+    tokens_truth_ = {tokens_->data(), tokens_->data() + tokens_->size()};
   }
 
   LoraParams params() {
@@ -192,6 +193,7 @@ class Problem {
       std::memcpy(table_bytes_->data(), table_.data(), table_.size() * sizeof(SliceEntry));
       x_->restore(x_truth_);
       y_->restore(y_before_);
+      std::copy(tokens_truth_.begin(), tokens_truth_.end(), tokens_->data());
     };
     truth();
     if (!stale) {
@@ -205,6 +207,10 @@ class Problem {
       }
     }
     for (int64_t i = 0; i < shape_.rows * x_stride_; ++i) x_->set(i, 1e4);
+    for (int64_t r = 0; r < shape_.rows; ++r) {  // of some rows they are what they were
+      const uint64_t token = random_.chance(0.5) ? random_.bits() : static_cast<uint64_t>(random_.between(0, shape_.k));
+      if (random_.chance(0.7)) std::memcpy(tokens_->data() + r * 8, &token, 8);
+    }
     emulator::options().previous_grid = truth;
   }
 
@@ -307,7 +313,7 @@ class Problem {
   std::vector<int32_t> ids_;
   std::unique_ptr<Array> a_, b_, x_, y_;
   std::unique_ptr<GuardedBytes> plan_, stale_plan_, table_bytes_, tokens_;
-  std::vector<unsigned char> y_before_, x_truth_, plan_truth_;
+  std::vector<unsigned char> y_before_, x_truth_, plan_truth_, tokens_truth_;
   std::vector<double> exact_v_;
 };
 
@@ -517,6 +523,43 @@ void many_full_tiles() {
   cuda::emulated_device.sms = 132;
 }
 
+// Far fewer jobs than the capacities allow: the blocks without one share the others'.
+void few_jobs_of_many() {
+  for (int grid : {1, 2, 3, 7, 33, 64}) {
+    for (int jobs = 0; jobs <= 70; ++jobs) {
+      for (int units : {0, 1, 8, 9, 57}) {
+        std::vector<int> done(static_cast<size_t>(jobs * units));
+        for (int z = 0; z < grid; ++z) {
+          const cuda::Sharing sharing = cuda::share_jobs(jobs, z, grid, units, 8);
+          const cuda::Part mine = sharing.of({3, 3 + units});
+          for (int job = sharing.index; job < jobs; job += grid) {
+            for (int u = mine.begin; u < mine.end; ++u) ++done[static_cast<size_t>(job * units + u - 3)];
+          }
+        }
+        CHECK(std::all_of(done.begin(), done.end(), [](int times) { return times == 1; }),
+              "%d jobs, %d blocks, %d units", jobs, grid, units);
+      }
+    }
+  }
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster},
+                                   {"narrow", narrow},
+                                   {"narrow apart", narrow_apart},
+                                   {"narrow halves", narrow_halves},
+                                   {"narrow lookup", narrow_lookup}}) {
+    cuda::emulated_device.sms = 40;  // parts of outputs with work for more than a unit a warp
+    for (const auto& [rows, rank] : {std::pair<int64_t, int>{12, 16}, {70, 16}, {37, 40}}) {
+      Shape shape{DType::kBFloat16, rows, 64, {2072, 520}, 40, {rank, 8}, "one"};
+      if (name == "narrow lookup") shape.lookup = "token";
+      const std::string what =
+          name + ", " + std::to_string(rows) + " rows of one of 40 groups, rank " + std::to_string(rank);
+      run(what, path, shape);
+      shape.stale_is_noise = true;
+      run(what + ", noise before", path, shape);
+    }
+    cuda::emulated_device.sms = 132;
+  }
+}
+
 // Blocks that share the outputs of a tile.
 void many_outputs() {
   cuda::LinearTask task{};
@@ -683,6 +726,7 @@ int main() {
   testing::any_shape("wide apart", testing::wide_apart, 8);
   testing::any_shape("narrow halves", testing::narrow_halves, 8);
   testing::many_full_tiles();
+  testing::few_jobs_of_many();
   testing::many_outputs();
   testing::odd_calls();
   testing::prefill();

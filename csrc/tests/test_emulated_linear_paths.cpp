@@ -127,13 +127,17 @@ void deltas_by_shape() {
 
 void linear_by_rows() {
   Call few(64, 64, {64, 32}), full(64, 64, {64, 32}, 4), each(128, 64, {64, 32}, 64), fewer(48, 64, {64, 32}, 3);
+  Call nine(72, 64, {64, 32}), wide(48, 64, {8192, 8192}, 3), less(23, 64, {8192, 8192}, 2);
   Call mixed(2048, 64, {64, 32}, 64), most(1024, 64, {64, 32}, 4), more(1025, 64, {64, 32}, 4);
   Call ranks(513, 64, {64, 32}, 4), groups(480, 64, {64, 32}, 15), one_less(480, 64, {64, 32}, 14);
   ranks.p.v_width = 64;
   groups.p.v_width = one_less.p.v_width = 128;
   expect("64 rows of 8 groups", linear(few), "1c");
   expect("64 rows of 4 groups, whose tiles are full", linear(full), "2");
+  expect("72 rows of 8 groups", linear(nine), "2");
   expect("48 rows of 3 groups", linear(fewer), "1c");
+  expect("48 rows of 3 groups, many outputs", linear(wide), "2");
+  expect("23 rows of 2 groups, many outputs", linear(less), "1c");
   expect("2048 rows of 64 groups, whose short runs are decode's", linear(mixed), "2c");
   expect("128 rows of 64 groups", linear(each), "1");
   expect("1024 rows of rank 16", linear(most), "2");

@@ -34,12 +34,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   const int units = (slice.width + Expand::kOutputs - 1) / Expand::kOutputs;
   const int parts = task.first_part[s + 1] - task.first_part[s];
   const int part = static_cast<int>(blockIdx.x) - task.first_part[s];
-  const Part n = {units * part / parts, units * (part + 1) / parts};
+  const Part all = {units * part / parts, units * (part + 1) / parts};  // of the blocks that share a job
 
   ptx::launch_next_grid();
-  int index = blockIdx.z;
   NarrowJob<kRows> job;
+  int index = blockIdx.z;
+  Part n = all;
   job.read(task, index, s);
+  if (task.follows_own) {  // what the plan says is final
+    const Sharing sharing = share_jobs(job.jobs, index, static_cast<int>(gridDim.z), all.end - all.begin, kWarps);
+    n = sharing.of(all);
+    if (sharing.index != index) {
+      index = sharing.index;
+      job.read(task, index, s);
+    }
+  }
   bool guess = !task.follows_own;
   bool waited = false;
 #pragma unroll 1
@@ -134,8 +143,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     }
     index += gridDim.z;
     if (index >= jobs) break;
-    __syncthreads();  // all are done with v
-    job.read(task, index, s);
+    __syncthreads();           // all are done with v
+    job.read(task, index, s);  // there are more jobs than blocks for them: none is shared
   }
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 }
@@ -154,7 +163,8 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
   const int32_t all_parts = task.first_part[task.slices];
-  shape.grid = dim3(all_parts, 1, narrow_grid_jobs(task, kBlocksPerSm * device.sms, all_parts));
+  shape.grid = dim3(all_parts, 1,
+                    narrow_grid_jobs(narrow_most_jobs(p, narrow_job_rows(p)), kBlocksPerSm * device.sms, all_parts));
   shape.threads = kThreads;
   shape.smem_bytes = narrow_job_rows(p) * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;

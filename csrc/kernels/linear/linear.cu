@@ -27,12 +27,16 @@ namespace {
 // 19.0, of down 19.7 and 19.2, 42 MB of qkvz 21.1 and 20.4.
 constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 
-// Where most runs fill tiles of 16 rows, clusters read each weight twice, and wait for each other; the two launches
-// take a tile at once. H200, r16, 16 rows an adapter, behind a GEMM of the base, cluster and mma, us: 64 rows of
+// Where most runs have more than 8 rows, clusters read each weight twice, and wait for each other; the two launches
+// take a tile of 16 at once. H200, r16, 16 rows an adapter, behind a GEMM of the base, cluster and mma, us: 64 rows of
 // qkv 8.1 and 6.9, o 6.5 and 6.6, gate_up 16.5 and 9.0, down 7.0 and 7.5; 96 rows 8.4 and 7.6, 6.5 and 6.4, 11.4
-// and 12.1, 7.9 and 8.1; 128 rows 9.2 and 8.0, 8.4 and 7.1, 20.1 and 13.4, 13.2 and 8.8. With 8 rows an adapter
-// clusters are as good or better.
+// and 12.1, 7.9 and 8.1; 128 rows 9.2 and 8.0, 8.4 and 7.1, 20.1 and 13.4, 13.2 and 8.8. 9 rows an adapter, 72 rows:
+// qkv 8.8 and 7.4, gate_up 16.9 and 10.6, down 11.7 and 7.6. With 8 rows an adapter clusters are as good or better.
+// Fewer rows than 64: 48 rows of 4 adapters 7.8 and 6.3, 14.3 and 7.7, 6.8 and 7.2, 24 of 2 6.0 and 6.0, 12.7 and 6.8,
+// 6.0 and 7.0: only where outputs are as many as gate_up's. 12 of one: 5.7 and 6.0, 7.1 and 6.4, 5.2 and 6.9.
 constexpr int64_t kFullTilesRows = 64;
+constexpr int64_t kFullTilesRowsOfManyOutputs = 24;
+constexpr int64_t kManyOutputs = 16384;
 
 // Adapters from which on short runs of a longer batch are worth launches of their own.
 constexpr int64_t kManyAdapters = 16;
@@ -46,8 +50,10 @@ bool splits_runs(const LoraParams& params, Path path) {
 cudaError_t choose_linear(const LoraParams& params, Path& path) {
   const bool cluster = is_few(params) && cluster_path_serves(params);
   const bool wide = wide_shrink_serves(params) && wide_expand_serves(params);
-  const bool full_tiles = params.plan.runs == Runs::kAll && params.rows >= kFullTilesRows &&
-                          params.rows >= params.slices.groups * int64_t{kTileRows};
+  const bool many_outputs = sum_of_widths(params.slices) >= kManyOutputs;
+  const bool full_tiles = params.plan.runs == Runs::kAll &&
+                          params.rows >= (many_outputs ? kFullTilesRowsOfManyOutputs : kFullTilesRows) &&
+                          params.rows > params.slices.groups * int64_t{kTileRows / 2};
   const bool heavy =
       cluster && narrow_shrink_serves(params) && (decode_weight_bytes(params) >= kHeavyBytes || full_tiles);
   return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path, heavy ? Path::kMma : Path::kCluster);
@@ -66,23 +72,21 @@ cudaError_t choose_shrink(const LoraParams& params, Path& path) {
   return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path);
 }
 
-// Whether A is looked up once for each block that shares a job, in one launch, rather than once a row, in two.
-bool is_short_lookup(const EmbeddingParams& params) { return params.lora.rows <= kLookupRows && !batch_invariant(); }
-
-// Whether clusters look A up. They take a wide tile each, however few its rows are, so not for few rows of many
-// adapters. H200, 4096 outputs, r16 and r64, kernel for few rows and clusters, us: 512 rows of 4 adapters 10.3 and 7.8,
-// 15.2 and 10.4; 1024 rows 9.9 and 10.6, 17.1 and 15.3; 2048 rows 15.1 and 13.2, 28.3 and 20.3, of 32 adapters 15.1 and
-// 19.8, 32.6 and 29.5.
-bool is_wide_lookup(const LoraParams& params) {
-  constexpr int64_t kLeastRows = 512;
-  const bool few_adapters = params.slices.groups <= params.rows / kWideTileRows;
-  return params.rows > kLookupRows || (params.rows >= kLeastRows && few_adapters) || batch_invariant();
+// Whether A is looked up once for each block that shares a job, in one launch, rather than once a row: jobs of 8 or 16
+// rows, or clusters (9.0), or two launches. H200, 4 adapters, jobs and clusters, us: 4096 outputs r16, 512 rows 4.6 and
+// 7.7, 1024 6.6 and 10.5, 2048 11.0 and 12.9 (of 32 adapters 11.7 and 19.4), 4096 26.6 and 27.6, 8192 49.4 and 49.1;
+// r64 8.2 and 10.3, 13.2 and 15.1, 21.3 and 20.0 (26.4 and 28.9), 57.8 and 39.0. 2048 outputs r16, 512 rows 4.2 and
+// 6.7, 2048 6.7 and 9.8, 4096 11.6 and 14.4; r64 6.1 and 8.5, 13.8 and 15.4, 27.2 and 26.5.
+bool is_short_lookup(const EmbeddingParams& params) {
+  constexpr int64_t kLookupRanks = 4096 * 16;  // of all rows
+  const int64_t rows = params.lora.rows;
+  return (rows <= kLookupRows || rows * embedding_rank(params) <= kLookupRanks) && !batch_invariant();
 }
 
 cudaError_t choose_embedding(const EmbeddingParams& params, Path& path) {
   const bool wide = wide_embedding_serves(params);
   return choose({{false, wide, wide, true}}, {{false, true, true, true}}, path,
-                is_wide_lookup(params.lora) ? Path::kWide : Path::kMma);
+                is_short_lookup(params) ? Path::kMma : Path::kWide);
 }
 
 // How the mma path shares K.

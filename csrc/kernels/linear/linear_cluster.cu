@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarpsPerSm / kWarps)
   constexpr int kThreads = kWarps * 32;
   using Expand = NarrowExpand<T, kWide, kRows>;
   constexpr int kOutputs = Expand::kOutputs;
-  constexpr int kStepUnits = kWide ? 4 : 3;  // units of K in flight
+  constexpr int kStepUnits = kWide ? 5 : 4;  // units of K in flight
   unsigned char* smem = ptx::dynamic_smem();
   uint64_t* partials_arrived = reinterpret_cast<uint64_t*>(smem);
   uint64_t* v_arrived = partials_arrived + 1;
@@ -370,7 +370,8 @@ cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
   LaunchShape shape;
   const int64_t blocks = int64_t{1} << (task.blocks_log2 + task.parts_log2);  // of a job and slice
   shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.slices.count),
-                    narrow_grid_jobs(task, kWarpsPerSm / how.warps * int64_t{device.sms}, blocks * p.slices.count));
+                    narrow_grid_jobs(narrow_most_jobs(p, kRows), kWarpsPerSm / how.warps * int64_t{device.sms},
+                                     blocks * p.slices.count));
   shape.threads = how.warps * 32;
   shape.smem_bytes = how.params.smem.bytes;
   shape.cluster = 1 << task.blocks_log2;

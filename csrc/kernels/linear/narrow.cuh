@@ -372,6 +372,33 @@ struct NarrowExpand {
   }
 };
 
+/// What a block does first where the blocks for a slice's jobs share these.
+struct Sharing {
+  int index;         // of the job; beyond all of them: none
+  int sharer;        // of the job's units
+  int sharers_log2;  // how many there are
+  __host__ __device__ constexpr Part of(Part units) const {
+    const int count = units.end - units.begin;
+    return {units.begin + (count * sharer >> sharers_log2), units.begin + (count * (sharer + 1) >> sharers_log2)};
+  }
+};
+
+/// Capacities say how many jobs there can be, the plan how many there are. Where they are at most half of the `grid`
+/// blocks for them, blocks without one share the outputs of the others' jobs, as far as there are `units` for all
+/// `warps` of each. No sum depends on it. `z`: the block's place among them. Without divisions, whose code would have
+/// to be fetched by every block.
+__host__ __device__ constexpr Sharing share_jobs(int jobs, int z, int grid, int units, int warps) {
+  Sharing sharing{z, 0, 0};
+  if (jobs == 0) return sharing;
+  while (jobs << (sharing.sharers_log2 + 1) <= grid && warps << sharing.sharers_log2 < units) ++sharing.sharers_log2;
+  if (z >= jobs << sharing.sharers_log2) return {z, 0, 0};
+  while (sharing.index >= jobs) {
+    sharing.index -= jobs;
+    ++sharing.sharer;
+  }
+  return sharing;
+}
+
 /// Whether rows of B lie so close together that what is between them is little.
 __device__ __forceinline__ bool are_close(int b_stride, int rank) { return b_stride <= rank + 8; }
 
@@ -435,21 +462,34 @@ inline int64_t narrow_jobs(const LoraParams& p) {
   return runs > p.rows / kTileRows ? runs : p.rows / kTileRows;
 }
 
+/// Jobs of `job_rows` rows that a call can have. Of 8 rows a tile can be two.
+inline int64_t narrow_most_jobs(const LoraParams& p, int job_rows) {
+  if (job_rows == kTileRows) return p.plan.max_tiles;
+  if (p.plan.runs == Runs::kShort) return 2 * p.plan.max_tiles;
+  return min64(plan_max_tiles(p.rows, p.slices.groups, job_rows), 2 * p.plan.max_tiles);
+}
+
 /// Jobs in a grid, of which they are the last dimension: a batch has fewer tiles than the plan has room for, and blocks
 /// without one shall not stand before others. No more than run at once, of `blocks` that do and `each` that share a
 /// job: blocks take several in turn, and a batch without adapters does not wait for a second wave.
-inline unsigned narrow_grid_jobs(const LinearTask& task, int64_t blocks, int64_t each) {
+inline unsigned narrow_grid_jobs(int64_t most_jobs, int64_t blocks, int64_t each) {
   constexpr int64_t kMostBlocksZ = 65535;
   const int64_t at_once = blocks / each;
-  return static_cast<unsigned>(min64(task.max_tiles, min64(at_once < 1 ? 1 : at_once, kMostBlocksZ)));
+  return static_cast<unsigned>(min64(most_jobs, min64(at_once < 1 ? 1 : at_once, kMostBlocksZ)));
 }
 
-/// Rows of a job of the two launches: 16, all of a tile, where the capacities say that most runs have more than 8 rows.
-/// For fewer, kernels made for 8 rows are a little faster. H200, 32 adapters r64, 64 rows of qkv, 8 and 16: 26.8, 27.5
-/// us; 8 adapters r16, 128 rows: qkv 8.7, 8.1, gate_up 14.8, 12.0; 256 rows of qkv 19.1, 9.0.
+/// Rows of a job of the two launches: 16, all of a tile, where runs can have more than 8 rows and the ranks are few, or
+/// where the capacities say that most runs have more. Kernels made for 8 rows win by little where runs are short and
+/// ranks many, and lose by much where runs are long. H200, 8 and 16, us: 32 adapters r64, 64 rows of qkv 26.8, 27.5; 8
+/// adapters r16, 128 rows: qkv 8.7, 8.1, gate_up 14.8, 12.0; 256 rows of qkv 19.1, 9.0. r16, 32 slots, beside a GEMM:
+/// 128 rows of 8 adapters: qkv 10.8, 7.6, gate_up 22.3, 20.3, down 9.5, 8.0, of 32: 13.6, 13.5, 26.8, 26.8, 12.7, 12.7;
+/// 32 rows of 32: 11.3, 11.2, 21.9, 22.1, 10.5, 10.5.
 /// The short runs of a longer batch are those of decode, most of them of few rows.
 inline int narrow_job_rows(const LoraParams& p) {
-  return p.plan.runs == Runs::kAll && p.rows > p.slices.groups * 8 ? 16 : 8;
+  constexpr int64_t kFewRanks = 32;
+  constexpr int64_t kLeastRows = 16;
+  const bool may_be_long = p.rows >= kLeastRows && even_rank(p) < kFewRanks;
+  return p.plan.runs == Runs::kAll && (may_be_long || p.rows > p.slices.groups * 8) ? 16 : 8;
 }
 
 /// Bytes of A and B that these read, with an even share of v for each slice.

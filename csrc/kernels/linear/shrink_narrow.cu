@@ -100,7 +100,8 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   task.k_split_log2 = k_split_log2_of(even_rank(p), kWarps);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(planes), static_cast<unsigned>(p.slices.count),
-                    narrow_grid_jobs(task, kBlocksPerSm * device.sms, int64_t{planes} * p.slices.count));
+                    narrow_grid_jobs(narrow_most_jobs(p, narrow_job_rows(p)), kBlocksPerSm * device.sms,
+                                     int64_t{planes} * p.slices.count));
   shape.threads = kWarps * 32;
   shape.smem_bytes = (int64_t{4} << task.k_split_log2) * narrow_job_rows(p) * (task.rank_cap + 8);
   shape.overlap = true;

@@ -288,6 +288,11 @@ void previous_grid_ended() {
   end_previous_grid();
 }
 
+void previous_grid_may_write() {
+  if (machine.previous_ended || !machine.options.previous_grid || !machine.random.chance(0.002)) return;
+  machine.options.previous_grid();
+}
+
 int sync_threads_or(int value) {
   Block& block = *self().block;
   const uint32_t generation = block.generation;

@@ -100,7 +100,8 @@ struct Launch {
 /// What a test sets before it calls a launcher.
 struct Options {
   uint64_t seed = 1;
-  // what the grid before writes; runs at the first griddepcontrol.wait, or once all threads of the first cluster wait
+  // what the grid before writes; runs at the first griddepcontrol.wait, or once all threads of the first cluster wait,
+  // and now and then at a load of what may be read before that: between two of them
   std::function<void()> previous_grid;
   std::function<void()> grid_begins;  // runs before the first block of every grid
 };
@@ -119,6 +120,7 @@ void wait_until_changed(const uint32_t& counter, uint32_t value);
 void advance(uint32_t& counter);
 
 void previous_grid_ended();
+void previous_grid_may_write();
 void sync_threads();
 int sync_threads_or(int value);
 void cluster_arrive();

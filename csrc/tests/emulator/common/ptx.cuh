@@ -90,8 +90,14 @@ T* keep(T* p) {
 }
 inline uint32_t load4(const void* p) { return load<uint32_t>(p); }
 inline uint2 load_weights8_if(bool condition, const void* p) { return condition ? load<uint2>(p) : uint2{0, 0}; }
-inline int4 load_fresh16(const void* p) { return load<int4>(p); }
-inline int load_fresh4(const void* p) { return load<int>(p); }
+inline int4 load_fresh16(const void* p) {
+  emu::previous_grid_may_write();
+  return load<int4>(p);
+}
+inline int load_fresh4(const void* p) {
+  emu::previous_grid_may_write();
+  return load<int>(p);
+}
 inline void store16(void* p, uint4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) std::abort();
   std::memcpy(p, &v, 16);
