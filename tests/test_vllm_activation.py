@@ -186,18 +186,21 @@ def test_hidden_states_of_a_batch_dimension(half):
     setting.check(h, x, ids_of(10))
 
 
-@pytest.mark.parametrize("room", [16, 64])
-@pytest.mark.parametrize("rows", [3, ops.BESIDE_ROWS + 1])
-def test_which_kernels_run(monkeypatch, rows, room):
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("room", [16, 64, 128])
+@pytest.mark.parametrize("rows", [3, ops.BESIDE_ROWS + 1, ops.FUSED_ROWS, ops.FUSED_ROWS + 1])
+def test_which_kernels_run(monkeypatch, rows, room, act):
     """The deltas are no pass of their own over y, but where that is faster."""
-    setting = Setting(room=room)
+    setting = Setting(room=room, tokens=rows + 1, act=act)
     called = vllm_source.note_calls(
         monkeypatch, ("linear_", "linear_delta", "add_delta_", "moe_act", "moe_gate_up_act")
     )
     setting.step(ids_of(rows))
     x = torch.randn(rows, K).to(torch.bfloat16)
-    setting.check(setting.mlp(x), x, ids_of(rows), apart=room > 16 and rows > ops.BESIDE_ROWS)
-    after = ["moe_gate_up_act"] if room == 16 else ["linear_"]
+    apart = room == 128 or (room == 64 and (rows > ops.FUSED_ROWS or act == "gelu"))
+    apart &= rows > ops.BESIDE_ROWS
+    setting.check(setting.mlp(x), x, ids_of(rows), apart=apart)
+    after = ["linear_"] if apart else ["moe_gate_up_act"]
     assert called == (["linear_delta", "moe_act"] if rows <= ops.BESIDE_ROWS else after)
 
 

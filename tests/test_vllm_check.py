@@ -66,8 +66,10 @@ def test_a_layer_that_no_adapter_has_is_held_against_its_output(right):
         for b in setting.layer.lora_b_stacked:
             b.zero_()
     else:  # what the kernels add, the check does not know of
-        setting.layer.lora_b_stacked, kernels = tuple(torch.zeros_like(b) for b in setting.layer.lora_b_stacked), \
-            setting.layer.lora_b_stacked
+        setting.layer.lora_b_stacked, kernels = (
+            tuple(torch.zeros_like(b) for b in setting.layer.lora_b_stacked),
+            setting.layer.lora_b_stacked,
+        )
         apply = setting.wrapper.add_lora_linear
         setting.wrapper.add_lora_linear = lambda y, x, a, b, *args, **kwargs: apply(y, x, a, kernels, *args, **kwargs)
     check = engine_check.LayerCheck(model)

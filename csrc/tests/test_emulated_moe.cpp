@@ -1466,6 +1466,13 @@ void few_rows_without_experts() {
       }
     }
   }
+  for (int rank : {16, 40}) {  // blocks without a job share those of the others
+    for (int64_t rows : {12, 37, 70}) {
+      Shape shape = shape_of(rows, 40, {rank, 8, 0, rank}, "one");
+      shape.widths = {1032, 1032};
+      run_narrow(std::to_string(rows) + " rows of one of 40 slots, rank " + std::to_string(rank), shape);
+    }
+  }
   for (int rank : {32, 33, 36, 63, 64, 96, 100, 128, 200, 256}) {  // whole passes over a rank, and what is left of one
     for (const bool odd : {false, true}) {
       Shape shape = shape_of(rank % 2 == 0 ? 40 : 11, 2, {rank, rank, rank, 8}, "mixed");

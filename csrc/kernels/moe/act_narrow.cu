@@ -16,6 +16,14 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlocksPerSm = 2;
+// Compiled for devices before 9.0 the form for many ranks has too few registers at that, and the other one for sharing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kWideBlocksPerSm = 1;
+constexpr bool kSharesJobs = false;
+#else
+constexpr int kWideBlocksPerSm = kBlocksPerSm;
+constexpr bool kSharesJobs = true;
+#endif
 constexpr int kOutputs = 32;  // of gate, and of up
 
 struct NarrowActTask {
@@ -30,7 +38,8 @@ struct NarrowActTask {
 /// own, and loads stand in one place. H200, 4096 -> 2 x 14336 r16, 128 rows of 8 adapters, 60 and 37 KiB of code: 13.4
 /// and 12.3 us, behind a GEMM 12.5 and 10.1.
 template <typename T, bool kWide, int kRows, Activation kAct>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __grid_constant__ NarrowActTask params) {
+__global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPerSm)
+    act_narrow(const __grid_constant__ NarrowActTask params) {
   constexpr int kRanks = kWide ? 32 : 16;  // at a time
   using Expand = NarrowExpand<T, kWide, kRows, kOutputs, kRanks>;
   const LinearTask& task = params.linear;
@@ -40,19 +49,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
   const int units = (task.slice[0].width + kOutputs - 1) / kOutputs;
-  const Part n = {units * static_cast<int>(blockIdx.x) / static_cast<int>(gridDim.x),
-                  units * (static_cast<int>(blockIdx.x) + 1) / static_cast<int>(gridDim.x)};
+  const Part all = {
+      units * static_cast<int>(blockIdx.x) / static_cast<int>(gridDim.x),  // of the blocks that share a job
+      units * (static_cast<int>(blockIdx.x) + 1) / static_cast<int>(gridDim.x)};
 
   ptx::launch_next_grid();
   const int32_t active = ptx::load_fresh4(task.header + kPlanActiveRows);
   const int32_t pairs = ptx::load_fresh4(task.header + kPlanPairs);  // none: else the plan was made for another call
   bool waited = false;
   int jobs = 0;
+  int index = blockIdx.y;
+  Part n = all;
+  bool is_first = true;
 #pragma unroll 1
-  for (int index = blockIdx.y;; index += gridDim.y) {
+  while (true) {
     NarrowJob<kRows> job;
     job.read(task, index, 0);
     jobs = pairs == 0 ? job.jobs : 0;
+    if (kSharesJobs && is_first) {
+      is_first = false;
+      const Sharing sharing = share_jobs(jobs, index, static_cast<int>(gridDim.y), all.end - all.begin, kWarps);
+      n = sharing.of(all);
+      if (sharing.index != index) {
+        index = sharing.index;
+        continue;
+      }
+    }
     if (index >= jobs) break;
     NarrowJob<kRows> job_of_up = job;  // up's entry lies behind gate's, whose words lanes 8 to 14 have
     if (threadIdx.x % 32 / 8 == 1) job_of_up.word = ptx::load_fresh4(job.at + sizeof(SliceEntry) / sizeof(int32_t));
@@ -87,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
 #pragma unroll 1
     while (true) {
       if (gate.unit < n.end) {
-        if (r_gate == 0) {
+        if (kWide && r_gate == 0) {
 #pragma unroll
           for (int i = 0; i < Expand::kEights; ++i) {
             const int64_t row = job.row(task, g + 8 * i);  // of all lanes at once
@@ -97,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
             y[i][1] = ptx::load16(from + task.slice[1].col);
           }
         }
-        gate.load(r_gate, rank[0], 0, b_stride[0], alignment[0]);
-        up.load(r_up, rank[1], 0, b_stride[1], alignment[1]);
+        gate.load(r_gate, rank[0], kWide ? 0 : has, b_stride[0], alignment[0]);
+        up.load(r_up, rank[1], kWide ? 0 : has, b_stride[1], alignment[1]);
       }
       if (!have_v) {  // as 16-bit operands: the one rounding, unscaled as in the plain formula
         have_v = true;
@@ -121,9 +143,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
       }
       if (gate.unit >= n.end) break;
       const T* v = smem_v + g * pitch;
-      r_gate = r_gate < rank[0] ? gate.multiply(r_gate, rank[0], alignment[0], v, pitch) : kMaxRank;
-      r_up = r_up < rank[1] ? up.multiply(r_up, rank[1], alignment[1], v + kRows * pitch, pitch) : kMaxRank;
-      if (r_gate < rank[0] || r_up < rank[1]) continue;
+      if (kWide) {
+        r_gate = r_gate < rank[0] ? gate.multiply(r_gate, rank[0], alignment[0], v, pitch) : kMaxRank;
+        r_up = r_up < rank[1] ? up.multiply(r_up, rank[1], alignment[1], v + kRows * pitch, pitch) : kMaxRank;
+        if (r_gate < rank[0] || r_up < rank[1]) continue;
+      } else {  // the same 16 of both
+        if (r_gate < rank[0]) gate.multiply(r_gate, rank[0], alignment[0], v, pitch);
+        if (r_up < rank[1]) up.multiply(r_up, rank[1], alignment[1], v + kRows * pitch, pitch);
+        r_gate = r_up = r_gate + kRankTile;
+        if (r_gate < most) continue;
+      }
       r_gate = r_up = 0;
 #pragma unroll
       for (int i = 0; i < Expand::kEights; ++i) {
@@ -133,12 +162,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) act_narrow(const __gri
         gate.take_delta(0, i, delta[0]);
         up.take_delta(0, i, delta[1]);
         T* h = static_cast<T*>(params.expand.out) + row * params.expand.out_stride + gate.unit * kOutputs + 8 * t;
-        ptx::store16(h, activate<T, 2>({kAct, 0.f, 0.f}, y[i], scale, delta));
+        const uint4 base[2] = {kWide ? y[i][0] : gate.y_frag[i][0], kWide ? y[i][1] : up.y_frag[i][0]};
+        ptx::store16(h, activate<T, 2>({kAct, 0.f, 0.f}, base, scale, delta));
       }
       gate.next(kWarps, b_stride[0]);
       up.next(kWarps, b_stride[1]);
     }
     __syncthreads();  // all are done with v
+    index += gridDim.y;
   }
   if (jobs == 0 || active != task.rows) activate_base_rows<T, 2, kWarps>(params.expand);
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
@@ -188,7 +219,8 @@ cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream) {
   const int64_t fit = kBlocksPerSm * device.sms / narrow_jobs(p);
   const int64_t parts = min64(divide_up(units, kWarps), fit < 1 ? 1 : fit);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(parts), narrow_grid_jobs(task.linear, kBlocksPerSm * device.sms, parts));
+  shape.grid = dim3(static_cast<unsigned>(parts),
+                    narrow_grid_jobs(narrow_most_jobs(p, narrow_job_rows(p)), kBlocksPerSm * device.sms, parts));
   shape.threads = kThreads;
   shape.smem_bytes = 2 * narrow_job_rows(p) * narrow_v_pitch(task.linear.rank_cap) * 2;
   shape.overlap = true;

@@ -3,7 +3,7 @@
 //   gate/up and down in place  moe_expand.cu
 //   gate/up and activation     moe_expand.cu
 //   down and sum               few tokens: moe_down_few.cu; else moe_expand.cu and moe_sum.cu in turn
-//   deltas alone               moe_expand.cu; what adds them: moe_act.cu, moe_sum.cu
+//   deltas alone               moe_expand.cu; what adds them: moe_act.cu (many: moe_act_long.cu), moe_sum.cu
 //
 // Of long runs, moe_shrink_long.cu takes the place of moe_shrink.cu (9.0a), and moe_expand_long.cu makes the activation
 // and the deltas. Of runs of a middling length, moe_expand_middle.cu takes the place of moe_expand.cu.

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from polylora.ops import ACTIVATIONS
 from polylora.table import SliceTable
 from polylora.vllm_plugin.activation import vllms_activation
 from polylora.vllm_plugin.side import is_batch_invariant, may_run_beside, side_stream_of
@@ -30,10 +31,16 @@ from polylora.vllm_plugin.tables import announce_whole, table_of_a, table_of_b
 #: Rows up to which deltas are made beside the base's GEMM.
 BESIDE_ROWS = 64
 
-#: Ranks of a slot up to which gate, up and activation are one kernel where deltas are not made beside. H200, 4096 ->
-#: 2 x 14336, 8 adapters, that and linear_ with vLLM's activation, us: r16, 96 rows 13 and 24, 256 19 and 28, 1024 48
-#: and 98, 4096 166 and 349; but r64, 128 rows 106 and 29, 1024 215 and 109.
+#: Ranks of a slot up to which gate, up and activation are one kernel where deltas are not made beside; of up to
+#: FUSED_ROWS rows with an activation that its kernel for few rows knows, FEW_ROWS_FUSED_RANKS. H200, 4096 -> 2 x 14336,
+#: 8 adapters, that and linear_ with vLLM's activation, us: r16, 96 rows 13 and 24, 256 19 and 28, 1024 48 and 98, 4096
+#: 166 and 349. That and linear_ alone: r64, 128 rows 27 and 21, 256 31 and 26, 512 49 and 62, 1024 77 and 80, and the
+#: activation takes 7, 12, 26, 52; but r128, 128 rows 45 and 32, 256 52 and 39. More rows of r64 were not measured.
 FUSED_RANKS = 16
+FEW_ROWS_FUSED_RANKS = 64
+FUSED_ROWS = 1024
+FEW_ROWS_ACTS = {ACTIVATIONS["silu"], ACTIVATIONS["gelu_tanh"]}
+FEW_ROWS_GROUPS = 256
 
 _LIBRARY = torch.library.Library("polylora_vllm", "FRAGMENT")
 
@@ -83,7 +90,7 @@ def gate_up_act(
         return vllms_activation(t, y)
     plan, delta = _plan_and_delta(x, t, step_of(rows))
     # the fused one rounds less than vLLM's: a row would tell whether another of its step has an adapter
-    if delta is None and (is_batch_invariant() or t.v_width > len(t.widths) * FUSED_RANKS):
+    if delta is None and (is_batch_invariant() or not _is_one_kernel(x, t, act)):
         torch.ops.polylora.linear_(y, x, t.a, t.b, t.table, plan, t.widths, t.cols, t.v_width)
         return vllms_activation(t, y)
     h = y.new_empty(y.size(0), t.widths[0])
@@ -92,6 +99,15 @@ def gate_up_act(
     else:
         torch.ops.polylora.moe_act(h, y, delta, t.table, plan, t.widths, t.cols, act)
     return h
+
+
+def _is_one_kernel(x: Tensor, t: SliceTable, act: int) -> bool:
+    ranks = t.v_width / len(t.widths)
+    if ranks <= FUSED_RANKS:
+        return True
+    # else MoE's kernels would take it, which are slow here
+    is_served = act in FEW_ROWS_ACTS and t.table.size(0) <= FEW_ROWS_GROUPS and x.size(1) % 32 == 0
+    return is_served and x.size(0) <= FUSED_ROWS and ranks <= FEW_ROWS_FUSED_RANKS
 
 
 def _plan_and_delta(x: Tensor, t: SliceTable, step: StepRows) -> tuple[Tensor, Tensor | None]:
