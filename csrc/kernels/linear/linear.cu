@@ -33,7 +33,7 @@ constexpr int64_t kHeavyBytes = int64_t{32} << 20;
 // and 12.1, 7.9 and 8.1; 128 rows 9.2 and 8.0, 8.4 and 7.1, 20.1 and 13.4, 13.2 and 8.8. 9 rows an adapter, 72 rows:
 // qkv 8.8 and 7.4, gate_up 16.9 and 10.6, down 11.7 and 7.6. With 8 rows an adapter clusters are as good or better.
 // Fewer rows than 64: 48 rows of 4 adapters 7.8 and 6.3, 14.3 and 7.7, 6.8 and 7.2, 24 of 2 6.0 and 6.0, 12.7 and 6.8,
-// 6.0 and 7.0: only where outputs are as many as gate_up's. 12 of one: 5.7 and 6.0, 7.1 and 6.4, 5.2 and 6.9.
+// 6.0 and 7.0, 12 of one 5.7 and 6.0, 7.1 and 6.4, 5.2 and 6.9: much is won where outputs are as many as gate_up's.
 constexpr int64_t kFullTilesRows = 64;
 constexpr int64_t kFullTilesRowsOfManyOutputs = 24;
 constexpr int64_t kManyOutputs = 16384;

@@ -479,12 +479,12 @@ inline unsigned narrow_grid_jobs(int64_t most_jobs, int64_t blocks, int64_t each
 }
 
 /// Rows of a job of the two launches: 16, all of a tile, where runs can have more than 8 rows and the ranks are few, or
-/// where the capacities say that most runs have more. Kernels made for 8 rows win by little where runs are short and
-/// ranks many, and lose by much where runs are long. H200, 8 and 16, us: 32 adapters r64, 64 rows of qkv 26.8, 27.5; 8
-/// adapters r16, 128 rows: qkv 8.7, 8.1, gate_up 14.8, 12.0; 256 rows of qkv 19.1, 9.0. r16, 32 slots, beside a GEMM:
-/// 128 rows of 8 adapters: qkv 10.8, 7.6, gate_up 22.3, 20.3, down 9.5, 8.0, of 32: 13.6, 13.5, 26.8, 26.8, 12.7, 12.7;
-/// 32 rows of 32: 11.3, 11.2, 21.9, 22.1, 10.5, 10.5.
-/// The short runs of a longer batch are those of decode, most of them of few rows.
+/// where the capacities say that most runs have more. H200, 8 and 16, us: many ranks, more slots than adapters (32),
+/// r64, 128 rows of 8 adapters: qkv 17.7, 19.2, gate_up 26.2, 30.5, down 15.4, 16.8; 32 adapters r64, 64 rows of
+/// qkv 26.8, 27.5; 8 adapters r16, 128 rows: qkv 8.7, 8.1, gate_up 14.8, 12.0; 256 rows of qkv 19.1, 9.0. r16, 32
+/// slots, beside a GEMM: 128 rows of 8 adapters: qkv 10.8, 7.6, gate_up 22.3, 20.3, down 9.5, 8.0, of
+/// 32: 13.6, 13.5, 26.8, 26.8, 12.7, 12.7; 32 rows of 32: 11.3, 11.2, 21.9, 22.1, 10.5, 10.5. The short runs of a
+/// longer batch are those of decode, most of them of few rows.
 inline int narrow_job_rows(const LoraParams& p) {
   constexpr int64_t kFewRanks = 32;
   constexpr int64_t kLeastRows = 16;

@@ -27,9 +27,8 @@ cudaError_t choose_seam(const LoraParams& p, bool serves, Path& path) {
 }
 
 // A dense MLP's gate and up go by linear's kernels for few rows, also where linear itself has others for more (is_few):
-// MoE's streams, the other choice here, are far slower. H200, 4096 -> 2 x 14336, 8 adapters r64, by them, and by
-// linear_ and an activation after it, us: 64 rows 29.1 and 28.6, 128 rows 105.7 and 29.4, 256 rows 132.9 and 39.2, 1024
-// rows 215 and 109.
+// MoE's streams, the other choice here, are slower. H200, 4096 -> 2 x 14336, 8 adapters r64, act_narrow and MoE's, us:
+// 64 rows 20.3 and 29.1, 128 rows 27.0 and 105.7, 256 rows 31.0 and 132.9, 1024 rows 77.2 and 215.
 bool is_decode_of_mlp(const GateUpActParams& g) {
   return act_narrow_serves(g) && g.lora.rows <= kMostDecodeRows && !batch_invariant();
 }
