@@ -15,7 +15,7 @@ demo: build
 	$(PY) -m polylora demo
 
 test: build
-	$(VENV)/bin/ctest --test-dir $$($(PY) tools/build_dir.py) --output-on-failure
+	$(VENV)/bin/ctest --test-dir $$($(PY) tools/build_dir.py) --output-on-failure --parallel $$(nproc)
 	$(PY) -m pytest -n auto tests
 
 bench: setup
