@@ -2,8 +2,9 @@
 // delta alone. v comes from shrink_narrow.cu in planes, from the caller, or is looked up by token.
 //
 // A block takes a part of the outputs, its warps a unit in turn. v is made once a block, in shared memory. B and y of a
-// warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended. Else
-// the job is read before the kernel before has ended, and again after it (as in linear_cluster.cu).
+// warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended, and
+// blocks that find no job share the outputs of the others' (share_jobs). Else the job is read before the kernel before
+// has ended, and again after it (as in linear_cluster.cu).
 #include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/v_source.cuh"
@@ -154,7 +155,8 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
                    cudaStream_t stream) {
   LinearTask& task = params.linear;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
-  const bool wide = rank >= 32;
+  const bool wide = rank >= kWideRanks;
+  const int job_rows = narrow_job_rows(p);
   // a unit of outputs a warp, as long as the blocks are not far more than the device holds
   int64_t units = 0;
   for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide ? 32 : 64);
@@ -163,14 +165,13 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
   const int32_t all_parts = task.first_part[task.slices];
-  shape.grid = dim3(all_parts, 1,
-                    narrow_grid_jobs(narrow_most_jobs(p, narrow_job_rows(p)), kBlocksPerSm * device.sms, all_parts));
+  shape.grid = dim3(all_parts, 1, narrow_grid_jobs(p, job_rows, kBlocksPerSm * device.sms, all_parts));
   shape.threads = kThreads;
-  shape.smem_bytes = narrow_job_rows(p) * narrow_v_pitch(task.rank_cap) * 2;
+  shape.smem_bytes = job_rows * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (narrow_job_rows(p) == 16) {
+    if (job_rows == 16) {
       return wide ? launch<&expand_narrow<T, true, 16>>(device, shape, params, stream)
                   : launch<&expand_narrow<T, false, 16>>(device, shape, params, stream);
     }

@@ -78,6 +78,7 @@ cudaError_t choose_shrink(const LoraParams& params, Path& path) {
 // r64 8.2 and 10.3, 13.2 and 15.1, 21.3 and 20.0 (26.4 and 28.9), 57.8 and 39.0. 2048 outputs r16, 512 rows 4.2 and
 // 6.7, 2048 6.7 and 9.8, 4096 11.6 and 14.4; r64 6.1 and 8.5, 13.8 and 15.4, 27.2 and 26.5.
 bool is_short_lookup(const EmbeddingParams& params) {
+  constexpr int64_t kLookupRows = 2048;
   constexpr int64_t kLookupRanks = 4096 * 16;  // of all rows
   const int64_t rows = params.lora.rows;
   return (rows <= kLookupRows || rows * embedding_rank(params) <= kLookupRanks) && !batch_invariant();

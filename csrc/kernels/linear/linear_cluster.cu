@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarpsPerSm / kWarps)
   // units of K: the block's, and of these the warp's, which it shares with others by rank
   const Part k_block = part_of(task.k / kUnitK, block, blocks_log2);
   const int split = warp & ((1 << task.k_split_log2) - 1);
-  Part k = part_of(k_block.end - k_block.begin, split, task.k_split_log2);
-  k = {k_block.begin + k.begin, k_block.begin + k.end};
+  const Part k = part_of(k_block, split, task.k_split_log2);
   const int first_rank = (warp >> task.k_split_log2) * kRankTile;
   // units of outputs: the block's; its warps take them in turn
   const Part n = part_of((slice.width + kOutputs - 1) / kOutputs, blockIdx.x, blocks_log2 + task.parts_log2);
@@ -315,7 +314,7 @@ Spread spread(const LoraParams& p, int most_blocks_log2) {
   LinearTask& task = how.params.linear;
   // ranks of the slices are unknown here: an even share of v each
   const int64_t rank = even_rank(p);
-  how.wide = rank >= 32;
+  how.wide = rank >= kWideRanks;
   // Measured: the larger clusters, the better, as long as all blocks run at once, the next call's beside them, or have
   // much to read each. Blocks of four warps, for few and short work, count as half.
   const int64_t clusters = narrow_jobs(p) * p.slices.count;
@@ -370,8 +369,7 @@ cudaError_t linear_cluster_path(const LoraParams& p, cudaStream_t stream) {
   LaunchShape shape;
   const int64_t blocks = int64_t{1} << (task.blocks_log2 + task.parts_log2);  // of a job and slice
   shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.slices.count),
-                    narrow_grid_jobs(narrow_most_jobs(p, kRows), kWarpsPerSm / how.warps * int64_t{device.sms},
-                                     blocks * p.slices.count));
+                    narrow_grid_jobs(p, kRows, kWarpsPerSm / how.warps * int64_t{device.sms}, blocks * p.slices.count));
   shape.threads = how.warps * 32;
   shape.smem_bytes = how.params.smem.bytes;
   shape.cluster = 1 << task.blocks_log2;

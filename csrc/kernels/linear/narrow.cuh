@@ -377,10 +377,7 @@ struct Sharing {
   int index;         // of the job; beyond all of them: none
   int sharer;        // of the job's units
   int sharers_log2;  // how many there are
-  __host__ __device__ constexpr Part of(Part units) const {
-    const int count = units.end - units.begin;
-    return {units.begin + (count * sharer >> sharers_log2), units.begin + (count * (sharer + 1) >> sharers_log2)};
-  }
+  __device__ __forceinline__ Part of(Part units) const { return part_of(units, sharer, sharers_log2); }
 };
 
 /// Capacities say how many jobs there can be, the plan how many there are. Where they are at most half of the `grid`
@@ -431,6 +428,9 @@ __device__ __forceinline__ void prefetch_b(const T* from, int b_stride, int rank
 
 // ---- host
 
+// Ranks (an even share) from which on there are kernels of their own: kWide.
+inline constexpr int64_t kWideRanks = 32;
+
 // Rows up to which decode's kernels take all of a batch of many adapters, or of low ranks.
 inline constexpr int64_t kMostDecodeRows = 1024;
 
@@ -469,13 +469,13 @@ inline int64_t narrow_most_jobs(const LoraParams& p, int job_rows) {
   return min64(plan_max_tiles(p.rows, p.slices.groups, job_rows), 2 * p.plan.max_tiles);
 }
 
-/// Jobs in a grid, of which they are the last dimension: a batch has fewer tiles than the plan has room for, and blocks
-/// without one shall not stand before others. No more than run at once, of `blocks` that do and `each` that share a
-/// job: blocks take several in turn, and a batch without adapters does not wait for a second wave.
-inline unsigned narrow_grid_jobs(int64_t most_jobs, int64_t blocks, int64_t each) {
+/// Jobs of `job_rows` rows in a grid, of which they are the last dimension: a batch has fewer tiles than the plan has
+/// room for, and blocks without one shall not stand before others. No more than run at once, of `blocks` that do and
+/// `each` that share a job: blocks take several in turn, and a batch without adapters does not wait for a second wave.
+inline unsigned narrow_grid_jobs(const LoraParams& p, int job_rows, int64_t blocks, int64_t each) {
   constexpr int64_t kMostBlocksZ = 65535;
   const int64_t at_once = blocks / each;
-  return static_cast<unsigned>(min64(most_jobs, min64(at_once < 1 ? 1 : at_once, kMostBlocksZ)));
+  return static_cast<unsigned>(min64(narrow_most_jobs(p, job_rows), min64(at_once < 1 ? 1 : at_once, kMostBlocksZ)));
 }
 
 /// Rows of a job of the two launches: 16, all of a tile, where runs can have more than 8 rows and the ranks are few, or
@@ -486,9 +486,8 @@ inline unsigned narrow_grid_jobs(int64_t most_jobs, int64_t blocks, int64_t each
 /// 32: 13.6, 13.5, 26.8, 26.8, 12.7, 12.7; 32 rows of 32: 11.3, 11.2, 21.9, 22.1, 10.5, 10.5. The short runs of a
 /// longer batch are those of decode, most of them of few rows.
 inline int narrow_job_rows(const LoraParams& p) {
-  constexpr int64_t kFewRanks = 32;
   constexpr int64_t kLeastRows = 16;
-  const bool may_be_long = p.rows >= kLeastRows && even_rank(p) < kFewRanks;
+  const bool may_be_long = p.rows >= kLeastRows && even_rank(p) < kWideRanks;
   return p.plan.runs == Runs::kAll && (may_be_long || p.rows > p.slices.groups * 8) ? 16 : 8;
 }
 

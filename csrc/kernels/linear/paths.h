@@ -37,7 +37,6 @@ cudaError_t embedding_mma_path(const EmbeddingParams& params, cudaStream_t strea
 
 /// linear's pieces and embedding for decode: where the wide kernels serve and, for shrink, K allows it.
 inline constexpr int64_t kDecodeRows = 256;
-inline constexpr int64_t kLookupRows = 2048;
 bool narrow_shrink_serves(const LoraParams& params);
 cudaError_t narrow_parts(const LoraParams& params, bool beside, int& parts);  // of K; beside a GEMM of the base
 cudaError_t shrink_narrow_path(const LoraParams& params, int planes, cudaStream_t stream);

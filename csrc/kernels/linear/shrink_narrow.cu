@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) shrink_narrow(const
   const Part k_block = {units * static_cast<int>(blockIdx.x) / task.planes,
                         units * (static_cast<int>(blockIdx.x) + 1) / task.planes};
   const int split = warp & ((1 << task.k_split_log2) - 1);
-  Part k = part_of(k_block.end - k_block.begin, split, task.k_split_log2);
-  k = {k_block.begin + k.begin, k_block.begin + k.end};
+  const Part k = part_of(k_block, split, task.k_split_log2);
   const int first_rank = (warp >> task.k_split_log2) * kRankTile;
 
   ptx::wait_for_previous_grid();
@@ -98,17 +97,17 @@ cudaError_t shrink_narrow_path(const LoraParams& p, int planes, cudaStream_t str
   LinearTask task = narrow_task(p, planes);
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   task.k_split_log2 = k_split_log2_of(even_rank(p), kWarps);
+  const int job_rows = narrow_job_rows(p);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(planes), static_cast<unsigned>(p.slices.count),
-                    narrow_grid_jobs(narrow_most_jobs(p, narrow_job_rows(p)), kBlocksPerSm * device.sms,
-                                     int64_t{planes} * p.slices.count));
+                    narrow_grid_jobs(p, job_rows, kBlocksPerSm * device.sms, int64_t{planes} * p.slices.count));
   shape.threads = kWarps * 32;
-  shape.smem_bytes = (int64_t{4} << task.k_split_log2) * narrow_job_rows(p) * (task.rank_cap + 8);
+  shape.smem_bytes = (int64_t{4} << task.k_split_log2) * job_rows * (task.rank_cap + 8);
   shape.overlap = true;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return narrow_job_rows(p) == 16 ? launch<&shrink_narrow<T, 16>>(device, shape, task, stream)
-                                    : launch<&shrink_narrow<T, 8>>(device, shape, task, stream);
+    return job_rows == 16 ? launch<&shrink_narrow<T, 16>>(device, shape, task, stream)
+                          : launch<&shrink_narrow<T, 8>>(device, shape, task, stream);
   });
 }
 

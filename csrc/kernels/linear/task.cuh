@@ -85,6 +85,11 @@ struct Part {
 __device__ __forceinline__ Part part_of(int total, int index, int parts_log2) {
   return {(total * index) >> parts_log2, (total * (index + 1)) >> parts_log2};
 }
+/// The same of the things in `all`.
+__device__ __forceinline__ Part part_of(Part all, int index, int parts_log2) {
+  const Part part = part_of(all.end - all.begin, index, parts_log2);
+  return {all.begin + part.begin, all.begin + part.end};
+}
 
 // ---- host
 

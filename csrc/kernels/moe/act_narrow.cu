@@ -178,9 +178,6 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
 // Groups up to which a plan of one row a pair counts as a dense layer's. More are experts', of which each has few rows.
 constexpr int64_t kMostGroups = 256;
 
-// Ranks (an even share) from which on 16 at a time are too few.
-constexpr int64_t kManyRanks = 32;
-
 // What linear's kernels take: without experts, a pair is a row of x.
 LoraParams dense(const LoraParams& p) {
   LoraParams as_linear = p;
@@ -218,17 +215,17 @@ cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream) {
   const int64_t units = divide_up(p.slices.width[0], kOutputs);
   const int64_t fit = kBlocksPerSm * device.sms / narrow_jobs(p);
   const int64_t parts = min64(divide_up(units, kWarps), fit < 1 ? 1 : fit);
+  const int job_rows = narrow_job_rows(p);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(parts),
-                    narrow_grid_jobs(narrow_most_jobs(p, narrow_job_rows(p)), kBlocksPerSm * device.sms, parts));
+  shape.grid = dim3(static_cast<unsigned>(parts), narrow_grid_jobs(p, job_rows, kBlocksPerSm * device.sms, parts));
   shape.threads = kThreads;
-  shape.smem_bytes = 2 * narrow_job_rows(p) * narrow_v_pitch(task.linear.rank_cap) * 2;
+  shape.smem_bytes = 2 * job_rows * narrow_v_pitch(task.linear.rank_cap) * 2;
   shape.overlap = true;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
     const auto of_ranks = [&](auto is_wide) {
       constexpr bool kWide = decltype(is_wide)::value;
-      const bool full = narrow_job_rows(p) == kTileRows;
+      const bool full = job_rows == kTileRows;
       if (g.act == Activation::kSilu) {
         return full ? launch<&act_narrow<T, kWide, 16, Activation::kSilu>>(device, shape, task, stream)
                     : launch<&act_narrow<T, kWide, 8, Activation::kSilu>>(device, shape, task, stream);
@@ -236,7 +233,7 @@ cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream) {
       return full ? launch<&act_narrow<T, kWide, 16, Activation::kGeluTanh>>(device, shape, task, stream)
                   : launch<&act_narrow<T, kWide, 8, Activation::kGeluTanh>>(device, shape, task, stream);
     };
-    return even_rank(p) < kManyRanks ? of_ranks(std::false_type{}) : of_ranks(std::true_type{});
+    return even_rank(p) < kWideRanks ? of_ranks(std::false_type{}) : of_ranks(std::true_type{});
   });
 }
 

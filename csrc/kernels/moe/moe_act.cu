@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(kWarps * 32) moe_act(const __grid_constant__ A
 }  // namespace
 
 cudaError_t moe_add_act_path(const GateUpActParams& g, cudaStream_t stream) {
+  if (moe_act_long_serves(g)) return moe_act_long_path(g, stream);
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const LoraParams& p = g.lora;
-  if (moe_act_long_serves(g)) return moe_act_long_path(g, stream);
   const ActTask task = seam_task(g);
   LaunchShape shape;
   shape.grid =
