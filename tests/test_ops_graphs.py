@@ -59,7 +59,8 @@ def load(case, other) -> None:
 def graph_cases(dtype, shape, patterns, rows=ROWS, groups=8) -> list:
     """Cases of one shape and pool size, of different adapters and mixes."""
     pools = {"rows": rows, "groups": groups, "ranks": (1, 4, 16, 33), "slot_rank": 64, "layout": "slots", "absent": 0.2}
-    cases = [make_dense_case("cuda", dtype, ids=p, seed=10 + i, **pools, **shape) for i, p in enumerate(patterns)]
+    pools |= shape
+    cases = [make_dense_case("cuda", dtype, ids=p, seed=10 + i, **pools) for i, p in enumerate(patterns)]
     for case in cases[1:]:  # A rows may lie any distance apart: one shape for all
         first = cases[0]
         first.pools.v_width = max(first.pools.v_width, case.pools.v_width)
