@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
+constexpr int kLanesOfV = kThreads / kTileRows;  // of a row of v
 constexpr int kBlocksPerSm = 2;
 
 struct NarrowTask {
@@ -89,28 +90,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
     if (index >= jobs) break;
 
     if (rank > 0) {
+      // a thread's part of v, before the wait for it
+      const int v_row = static_cast<int>(threadIdx.x) / kLanesOfV;
+      const int v_lane = static_cast<int>(threadIdx.x) % kLanesOfV;
+      const int end_of_v = v_row < rows ? (rank + kRankTile - 1) / kRankTile * kRankTile : 0;
+      const int64_t batch_row = job.row(task, v_row % kRows);  // of all lanes at once
+      const int plane_row = min(job.plane_row(task, index) + v_row, task.plane_rows - 1);
+      const float* from_planes = task.plane + int64_t{plane_row} * task.plane_width + s * task.rank_cap;
       if (!waited) {
         waited = true;
         ptx::wait_for_previous_grid();  // v is there
       }
       // v as 16-bit operands; of sums, the one rounding happens here, unscaled as in the plain formula
-      const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
-      const int first = job.plane_row(task, index);
 #pragma unroll 1
-      for (int base = 0; base < rows * quads_a_row; base += kThreads) {
-        const int i = base + static_cast<int>(threadIdx.x);
-        const int v_row = min(i / quads_a_row, rows - 1);
-        const int64_t batch_row = job.row(task, v_row);  // of all lanes at once
-        const int r = (i - v_row * quads_a_row) * 4;
-        if (i >= rows * quads_a_row) continue;
+      for (int r = v_lane * 4; r < end_of_v; r += kLanesOfV * 4) {
         uint2 bits;
         if (is_lookup) {
           const Lookup lookup(slice, entry.a_row, rank, params.tokens.token_major);
           bits = lookup.load(token_of(params.tokens, batch_row), r);
         } else {
-          const int plane_row = min(first + v_row, task.plane_rows - 1);
-          const float4 sum = task.planes > 0 ? add_planes(task, plane_row, s * task.rank_cap + r)
-                                             : load_v4(task, batch_row, entry.v_col, r, rank);
+          const float4 sum =
+              task.planes > 0 ? add_planes(task, from_planes + r) : load_v4(task, batch_row, entry.v_col, r, rank);
           bits = {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
         }
         *reinterpret_cast<uint2*>(smem_v + v_row * pitch + r) = bits;

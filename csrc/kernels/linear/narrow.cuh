@@ -162,17 +162,21 @@ struct NarrowShrink {
     a_low = a + int64_t{a_row + min(r + g, rank - 1)} * slice.a_stride;
     a_high = a + int64_t{a_row + min(r + g + 8, rank - 1)} * slice.a_stride;
   }
-  /// Units u to u + kStepUnits.
+  /// Units u to u + kStepUnits, which lie at fixed distances from the first: an address each would be most of this.
   __device__ __forceinline__ void load(int u, int end) {
+    const int64_t first = int64_t{u} * kUnitK;
+    const T *low = a_low + first, *high = a_high + first;
+    const T* row[kEights];
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) row[j] = x[j] + first;
 #pragma unroll
     for (int i = 0; i < kStepUnits; ++i) {
       if (u + i >= end) break;
-      const int offset = (u + i) * kUnitK;
-      a_frag[i][0] = ptx::load_weights16(a_low + offset);
-      a_frag[i][1] = ptx::load_weights16(a_high + offset);
+      a_frag[i][0] = ptx::load_weights16(low + i * kUnitK);
+      a_frag[i][1] = ptx::load_weights16(high + i * kUnitK);
 #pragma unroll
       for (int j = 0; j < kEights; ++j) {
-        if (j < eights) x_frag[i][j] = ptx::load16(x[j] + offset);
+        if (j < eights) x_frag[i][j] = ptx::load16(row[j] + i * kUnitK);
       }
     }
   }

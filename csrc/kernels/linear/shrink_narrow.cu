@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kBlocksPerSm = 2;
-constexpr int kStepUnits = 4;  // units of K in flight
+constexpr int kStepUnits = 4;                       // units of K in flight
+constexpr int kLanesOfV = kWarps * 32 / kTileRows;  // of a row of v
 
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) shrink_narrow(const __grid_constant__ LinearTask task) {
@@ -35,12 +36,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) shrink_narrow(const
     if (index >= job.jobs) break;
     const int rows = job.rows(index);
     const SliceEntry entry = job.entry();
-    if (rows == 0 || entry.rank > task.rank_cap ||
-        !entry_fits(entry, entry.rank, slice.a_rows, slice.width, slice.b_elements, task.v_width)) {
-      continue;
-    }
     const int rank = entry.rank;
+    // what is read here stays inside A; what expand makes of an entry whose B or v does not fit is up to it
+    if (rows == 0 || rank < 1 || rank > task.rank_cap || entry.a_row < 0 || entry.a_row > slice.a_rows - rank) continue;
     const uint32_t has = job.has(index);
+    const int first_row = job.plane_row(task, index);
     NarrowShrink<T, kStepUnits, kRows> shrink;
     shrink.clear();
     shrink.set_rows(task, job, rows);
@@ -55,17 +55,16 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) shrink_narrow(const
       shrink.store(partial + (split * kRows + g) * pitch + r, pitch, r, rank, has);
     }
     __syncthreads();
-    const int quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
-    const int first = job.plane_row(task, index);
+    const int row = static_cast<int>(threadIdx.x) / kLanesOfV;
+    const int plane_row = min(first_row + row, task.plane_rows - 1);
+    const float* from = partial + row * pitch;
+    float* to = task.plane + blockIdx.x * task.plane_elements + int64_t{plane_row} * task.plane_width +
+                static_cast<int>(blockIdx.y) * task.rank_cap;
+    const int end = row < rows ? (rank + kRankTile - 1) / kRankTile * kRankTile : 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * quads_a_row; i += kWarps * 32) {
-      const int row = i / quads_a_row;
-      const int quad = i - row * quads_a_row;
-      const auto* from = reinterpret_cast<const float4*>(partial + row * pitch) + quad;
-      float* to = task.plane + blockIdx.x * task.plane_elements +
-                  int64_t{min(first + row, task.plane_rows - 1)} * task.plane_width +
-                  static_cast<int>(blockIdx.y) * task.rank_cap + 4 * quad;
-      *reinterpret_cast<float4*>(to) = add_quads(from, kRows * pitch / 4, task.k_split_log2);
+    for (int r = static_cast<int>(threadIdx.x) % kLanesOfV * 4; r < end; r += kLanesOfV * 4) {
+      *reinterpret_cast<float4*>(to + r) =
+          add_quads(reinterpret_cast<const float4*>(from + r), kRows * pitch / 4, task.k_split_log2);
     }
     __syncthreads();  // before the next job's sums
   }

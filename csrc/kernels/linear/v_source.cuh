@@ -97,10 +97,9 @@ __device__ __forceinline__ float4 load_v4(const LinearTask& task, int64_t row, i
   return v;
 }
 
-/// Four ranks from the planes' column `column` on, of a position: the parts of K in their order, eight on their way at
-/// once.
-__device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos, int column) {
-  const float* from = task.plane + pos * task.plane_width + column;
+/// Four ranks from `from` on, in the first plane, and of the others: the parts of K in their order, eight on their way
+/// at once.
+__device__ __forceinline__ float4 add_planes(const LinearTask& task, const float* from) {
   float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
   for (int i = 0; i < task.planes; i += 8) {
@@ -114,6 +113,11 @@ __device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos
     for (int j = 0; j < 8; ++j) add(sum, next[j]);
   }
   return sum;
+}
+
+/// The same from a position's column on.
+__device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos, int column) {
+  return add_planes(task, task.plane + pos * task.plane_width + column);
 }
 
 // ---- host

@@ -24,7 +24,8 @@ constexpr bool kSharesJobs = false;
 constexpr int kWideBlocksPerSm = kBlocksPerSm;
 constexpr bool kSharesJobs = true;
 #endif
-constexpr int kOutputs = 32;  // of gate, and of up
+constexpr int kOutputs = 32;                         // of gate, and of up
+constexpr int kLanesOfV = kThreads / 2 / kTileRows;  // of a row of v of either
 
 struct NarrowActTask {
   LinearTask linear;
@@ -124,20 +125,22 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
       }
       if (!have_v) {  // as 16-bit operands: the one rounding, unscaled as in the plain formula
         have_v = true;
+        // a thread's part of v, gate's in the first half of them, up's in the second, before the wait for it
+        const int thread = ptx::thread_again();  // else what it is divided into is kept from the beginning, and spills
+        const int v_slice = thread / (kThreads / 2);
+        const int v_row = thread / kLanesOfV % kTileRows;
+        const int v_lane = thread % kLanesOfV;
+        const int v_rank = v_slice == 0 ? rank[0] : rank[1];
+        const int end_of_v = v_row < rows ? (v_rank + kRankTile - 1) / kRankTile * kRankTile : 0;
+        const int plane_row = min(job.plane_row(task, index) + v_row, task.plane_rows - 1);
+        const int from = plane_row * task.plane_width + v_slice * task.rank_cap;
+        const int to = (v_slice * kRows + v_row) * pitch;
         if (!waited) ptx::wait_for_previous_grid();
         waited = true;
-        const int first = job.plane_row(task, index);
-        const int quads_a_row = (most + kRankTile - 1) / kRankTile * (kRankTile / 4);  // of the longer one
 #pragma unroll 1
-        for (int i = threadIdx.x; i < 2 * rows * quads_a_row; i += kThreads) {
-          const int v_row = i / quads_a_row;  // gate's, then up's
-          const int s = v_row < rows ? 0 : 1;
-          const int row = v_row - s * rows;
-          const int at = (i - v_row * quads_a_row) * 4;
-          if (at / kRankTile * kRankTile >= (s == 0 ? rank[0] : rank[1])) continue;  // no plane has it
-          const float4 sum = add_planes(task, min(first + row, task.plane_rows - 1), s * task.rank_cap + at);
-          *reinterpret_cast<uint2*>(smem_v + (s * kRows + row) * pitch + at) = {pack(sum.x, sum.y, T{}),
-                                                                                pack(sum.z, sum.w, T{})};
+        for (int r = v_lane * 4; r < end_of_v; r += kLanesOfV * 4) {
+          const float4 sum = add_planes(task, task.plane + (from + r));
+          *reinterpret_cast<uint2*>(smem_v + to + r) = {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
         }
         __syncthreads();
       }
