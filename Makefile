@@ -2,6 +2,7 @@
 # make test   set up, build, run all tests
 # Both need no step before them, no GPU, and use the GPU where there is one.
 # make bench  set up, build the C++ microbenchmarks too (needs nvcc; docs/benchmarks.md)
+# make sanitize  compute-sanitizer over the kernels at small sizes (needs a GPU)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -9,7 +10,7 @@ export MAX_JOBS ?= $(shell nproc)
 
 CPP := $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: demo test bench build setup lint format wheel clean
+.PHONY: demo test bench sanitize build setup lint format wheel clean
 
 demo: build
 	$(PY) -m polylora demo
@@ -21,6 +22,9 @@ test: build
 bench: setup
 	POLYLORA_BENCH=1 $(PY) setup.py build_ext --inplace
 	@echo "built: $$($(PY) tools/build_dir.py)/bench_linear, bench_embedding and bench_moe"
+
+sanitize: bench
+	tools/sanitize.sh $$($(PY) tools/build_dir.py)
 
 build: $(VENV)/built
 

@@ -86,6 +86,7 @@ struct CommonOptions {
   std::vector<std::string> paths;    // values of POLYLORA_PATH; empty: the environment's
   bool json = false;
   bool calibrate = true;
+  bool check = false;  // nothing is timed
   bool list = false;
   bool help = false;
   int reps = 15;
@@ -97,6 +98,8 @@ how
   --reps N                        replays at least, default 15
   --min-ms MS                     time measured at least, a case, default 20
   --no-calibrate                  take the documented H100 for the floor, measure nothing of this device
+  --check                         check each case and time nothing, on as little memory as that takes; the default
+                                    preset is check then, small cases of many kinds: for compute-sanitizer
   --json                          JSON lines instead of tables
   --help
 
@@ -120,6 +123,9 @@ inline bool take_common(Arguments& arguments, const std::vector<std::string>& pr
     options.json = true;
   } else if (arguments.is("--no-calibrate")) {
     options.calibrate = false;
+  } else if (arguments.is("--check")) {
+    options.check = true;
+    options.calibrate = false;
   } else if (arguments.is("--list")) {
     options.list = true;
   } else if (arguments.is("--reps")) {
@@ -131,6 +137,9 @@ inline bool take_common(Arguments& arguments, const std::vector<std::string>& pr
   }
   return true;
 }
+
+/// Where nothing is timed, nothing has to be cold: weights come in as few sets as without an L2.
+inline int64_t l2_that_counts(const CommonOptions& options, int64_t l2_bytes) { return options.check ? 1 : l2_bytes; }
 
 /// Of `cases`, those that the filters leave. Throws UsageError where none is left.
 template <typename AnyCase>

@@ -356,6 +356,21 @@ inline void append(std::vector<Case>& cases, const std::vector<Module>& modules,
   }
 }
 
+/// Small ones: rows around the borders of the kernels' rules, ranks and widths that fill no tile, slots without rows.
+inline std::vector<Case> small_cases(Op op) {
+  const std::vector<std::string> shapes =
+      op == Op::kEmbedding ? std::vector<std::string>{"vocab=300,n=136", "vocab=300,n=64,layout=token"}
+                           : std::vector<std::string>{"k=512,n=256+64+64", "k=96,n=72+40"};
+  std::vector<Case> cases;
+  for (const std::string& shape : shapes) {
+    for (const char* batch : {"r=16,m=1", "r=16,m=12,a=1", "r=3,m=20,a=16,slots=40", "r=8-64,m=40,a=5", "r=16,m=72,a=8",
+                              "r=40,m=70,a=3", "r=16,m=300,a=3", "r=8-64,m=600,a=20,order=serving"}) {
+      cases.push_back(parse_case(shape + "," + batch, op));
+    }
+  }
+  return cases;
+}
+
 inline std::vector<Case> linear_cases(const std::string& preset) {
   const std::vector<Batch> issue = {{1, 1}, {16, 16}, {64, 32}, {256, 32}, {2048, 4}, {8192, 4}};
   const std::vector<Batch> few_rows = {{1, 1}, {16, 16}, {64, 32}};
@@ -427,6 +442,7 @@ inline std::vector<Case> plan_cases() {
 
 inline std::vector<Case> preset_cases(const std::string& preset, Op op) {
   std::vector<Case> cases = op == Op::kPlan        ? plan_cases()
+                            : preset == "check"    ? small_cases(op)
                             : op == Op::kEmbedding ? embedding_cases(preset)
                                                    : linear_cases(preset);
   if (cases.empty()) throw UsageError("no preset '" + preset + "' for --op " + op_name(op));

@@ -186,13 +186,20 @@ inline double moe_bar_us(const MoeCase& c) {
   return 0;
 }
 
-/// quick, issue or full.
+/// quick, issue, full, or check: small ones, for what times nothing.
 inline std::vector<MoeCase> moe_preset_cases(const std::string& preset) {
   std::vector<MoeCase> cases;
   if (preset == "issue") {
     for (const MoeBar& bar : moe_bars()) cases.push_back(parse_moe_case(bar.name));
   } else if (preset == "quick") {
     for (const int64_t rows : {1, 16, 64, 256}) cases.push_back({moe_models()[0], 16, rows});
+  } else if (preset == "check") {
+    for (const char* model :
+         {"moe:256x128,e8,k2,silu,gated", "moe:128x192,e4,k3,relu2", "moe:128x64,e4,k2,swiglu_oai,gated,interleaved"}) {
+      for (const char* call : {" r16 M1", " r16 M20", " r40 M20", " r16 M150", " r16 M600"}) {
+        cases.push_back(parse_moe_case(std::string(model) + call));
+      }
+    }
   } else {
     for (const Experts& model : moe_models()) {
       for (const int32_t rank : {16, 64}) {

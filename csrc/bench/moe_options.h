@@ -30,7 +30,7 @@ naive kernels first. Columns: us of the base's forward; us added (median, quarti
 the bar that is aimed at on an H100; the largest error ||result - reference|| / ||reference|| of an (adapter, expert).
 
 what to run
-  --preset quick|issue|full       default quick
+  --preset quick|issue|full|check default quick
   --case 'MODEL rRANK MTOKENS'    instead of a preset, repeatable: 'qwen35-35b r16 M64', or with the shape of the
                                     experts for a model: 'moe:2048x512,e256,k8,silu,gated r16 M64'
   --filter TEXT                   only cases whose name contains TEXT; repeatable: any of them
@@ -50,7 +50,7 @@ inline MoeOptions parse_moe_options(const std::vector<std::string>& words) {
   MoeOptions options;
   Arguments arguments(words);
   while (arguments.next()) {
-    if (take_common(arguments, {"quick", "issue", "full"}, {"auto", "mma", "general"}, options)) continue;
+    if (take_common(arguments, {"quick", "issue", "full", "check"}, {"auto", "mma", "general"}, options)) continue;
     if (arguments.is("--seams")) {
       for (const std::string& name : arguments.some_of({"beside", "fused", "added"})) {
         for (const Seams seams : {Seams::kBeside, Seams::kFused, Seams::kAdded}) {
@@ -76,7 +76,8 @@ inline std::vector<MoeCase> select_moe_cases(const MoeOptions& options) {
   std::vector<MoeCase> cases;
   for (const std::string& text : options.cases) cases.push_back(parse_moe_case(text));
   if (!options.preset.empty() || options.cases.empty()) {
-    const std::vector<MoeCase> preset = moe_preset_cases(options.preset.empty() ? "quick" : options.preset);
+    const std::string usual = options.check ? "check" : "quick";
+    const std::vector<MoeCase> preset = moe_preset_cases(options.preset.empty() ? usual : options.preset);
     cases.insert(cases.end(), preset.begin(), preset.end());
   }
   return filtered(cases, options.filters);

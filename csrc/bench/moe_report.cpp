@@ -41,8 +41,9 @@ void MoeReport::begin(const std::vector<MoeCase>& cases, const std::vector<std::
   name_width_ = name_width(cases);
   for (const std::string& path : paths) path_width_ = std::max(path_width_, static_cast<int>(path.size()));
   print("");
-  const std::string head =
-      format("%-*s  %-*s  %-*s  weights MB", name_width_, "case", path_width_, "path", kSeamsWidth, "seams");
+  std::string head = format("%-*s  %-*s  %-*s  ", name_width_, "case", path_width_, "path", kSeamsWidth, "seams");
+  if (options_.check) return print(head + "    error");
+  head += "weights MB";
   const char* layer = "   base us     added       low      high     floor  ratio  at 3 TB/s     bar";
   print(head + (options_.base ? layer : "") + "     error");
 }
@@ -107,6 +108,11 @@ void MoeReport::add_line(const MoeRow& row, const MoeFound& found) const {
                  op.timing.median / op_floor) +
           (op.traffic.weights > 0 ? format(" %9.1f MB of weights", op.traffic.weights / 1e6) : ""));
   }
+}
+
+void MoeReport::add_checked(const MoeRow& row, double error) const {
+  print(options_.json ? json_of("checked", row) + format(", \"error\": %.3e}", error)
+                      : head_of(row) + format("%9.1e", error));
 }
 
 void MoeReport::add_not_served(const MoeRow& row, const std::string& why) const {

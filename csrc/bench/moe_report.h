@@ -41,6 +41,7 @@ class MoeReport : public DeviceReport {
 
   void begin(const std::vector<MoeCase>& cases, const std::vector<std::string>& paths);
   void add(const MoeRow& row, const MoeFound& found);
+  void add_checked(const MoeRow& row, double error) const;
   void add_not_served(const MoeRow& row, const std::string& why) const;
   void add_too_large(const MoeRow& row) const;
   void add_failure(const MoeRow& row, const std::string& why) const;

@@ -28,7 +28,9 @@ struct Layer {
 class MoeRunner {
  public:
   MoeRunner(const MoeOptions& options, const Device& device)
-      : options_(options), device_(device), report_(options, device), paths_(paths_or_default(options.paths)) {}
+      : options_(options), device_(device), report_(options, device), paths_(paths_or_default(options.paths)) {
+    device_.l2_bytes = l2_that_counts(options, device.l2_bytes);
+  }
 
   int run(const std::vector<MoeCase>& cases) {
     report_.print_device();
@@ -100,9 +102,11 @@ class MoeRunner {
     set_path(row.path);
     MoeLora lora(layer.problem, layer.base.get(), row.seams);
     lora.reserve();
-    progress_.say(std::string("  ") + seams_name(row.seams) + ", path " + row.path + ": checking, then timing");
+    const std::string doing = options_.check ? ": checking" : ": checking, then timing";
+    progress_.say(std::string("  ") + seams_name(row.seams) + ", path " + row.path + doing);
     const Verdict verdict = verify_lora(layer.problem, lora, stream_);
     if (!verdict.failure.empty()) return fail({row}, verdict.failure);
+    if (options_.check) return report_.add_checked(row, verdict.error);
     MoeFound found = time_layer(layer, lora);
     found.error = verdict.error;
     report_.add(row, found);

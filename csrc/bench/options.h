@@ -30,8 +30,9 @@ documented H100, the ratios to them, the error ||result - reference|| / ||delta|
 what to run
 )";
   if (!embedding) text += "  --op linear|shrink|expand|plan  default linear\n";
-  text += embedding ? "  --preset quick|issue|full       default quick\n"
-                    : "  --preset quick|issue|chain|full default quick; chain with --chain\n";
+  text += embedding ? "  --preset quick|issue|full|check default quick\n"
+                    : "  --preset quick|issue|chain|full|check\n"
+                      "                                  default quick; chain with --chain\n";
   text += "  --case KEY=VALUE,...            instead of a preset, repeatable:\n";
   text += embedding ? "                                    vocab=128256,n=4096,r=16,m=16[,a=16][,layout=rank|token]\n"
                     : "                                    k=4096,n=4096+1024+1024,r=16,m=16[,a=16]\n";
@@ -65,7 +66,8 @@ against what
 /// `words` without the program's name. Throws UsageError.
 inline Options parse_options(const std::vector<std::string>& words, bool embedding) {
   using Names = std::vector<std::string>;
-  const Names presets = embedding ? Names{"quick", "issue", "full"} : Names{"quick", "issue", "chain", "full"};
+  const Names presets =
+      embedding ? Names{"quick", "issue", "full", "check"} : Names{"quick", "issue", "chain", "full", "check"};
   Options options;
   if (embedding) options.op = Op::kEmbedding;
   Arguments arguments(words);
@@ -113,7 +115,8 @@ inline std::vector<Case> select_cases(const Options& options) {
   std::vector<Case> cases;
   for (const std::string& text : options.cases) cases.push_back(parse_case(text, options.op));
   if (!options.preset.empty() || options.cases.empty()) {
-    const std::string preset = !options.preset.empty() ? options.preset : options.chain ? "chain" : "quick";
+    const std::string usual = options.check ? "check" : options.chain ? "chain" : "quick";
+    const std::string preset = options.preset.empty() ? usual : options.preset;
     for (const Case& c : preset_cases(preset, options.op)) cases.push_back(c);
   }
   for (Case& c : cases) c.idle = options.idle;

@@ -35,6 +35,7 @@ void Report::begin(const std::vector<Case>& cases, const std::vector<std::string
   for (const std::string& path : paths) path_width_ = std::max(path_width_, static_cast<int>(path.size()));
   print("");
   std::string head = format("%-*s  %-*s  ", name_width_, "case", path_width_, "path");
+  if (options_.check) return print(head + "    error");
   if (options_.chain)
     head += "  base us     added       min       max";
   else
@@ -66,6 +67,15 @@ void Report::add(const Row& row) {
   line += format("%9.2f %9.2f %9.2f", row.timing.median, row.timing.min, row.timing.max);
   line += format(" %9.2f %6.2f %11.2f %6.2f %9.1e", floor, ratio, floor_h100, ratio_h100, row.error);
   print(line + (row.cold ? "" : "  (weights warm)"));
+}
+
+void Report::add_checked(const Case& c, const std::string& path, double error) const {
+  if (options_.json) {
+    print(format("{\"kind\": \"checked\", \"device\": %s, ", quoted(device().name).c_str()) + case_json(c, options_) +
+          format(", \"path\": %s, \"error\": %.3e}", quoted(path).c_str(), error));
+  } else {
+    print(format("%-*s  %-*s  %9.1e", name_width_, c.name().c_str(), path_width_, path.c_str(), error));
+  }
 }
 
 void Report::add_not_served(const Case& c, const std::string& path) const {

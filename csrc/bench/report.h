@@ -27,6 +27,7 @@ class Report : public DeviceReport {
 
   void begin(const std::vector<Case>& cases, const std::vector<std::string>& paths);
   void add(const Row& row);
+  void add_checked(const Case& c, const std::string& path, double error) const;
   void add_not_served(const Case& c, const std::string& path) const;
   void add_too_large(const Case& c, const std::string& path) const;
   void add_failure(const Case& c, const std::string& path, const std::string& why) const;

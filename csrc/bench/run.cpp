@@ -20,7 +20,9 @@ namespace {
 class Runner {
  public:
   Runner(const Options& options, const Device& device)
-      : options_(options), device_(device), report_(options, device), paths_(paths_or_default(options.paths)) {}
+      : options_(options), device_(device), report_(options, device), paths_(paths_or_default(options.paths)) {
+    device_.l2_bytes = l2_that_counts(options, device.l2_bytes);
+  }
 
   int run(const std::vector<Case>& cases) {
     report_.print_device();
@@ -110,6 +112,7 @@ class Runner {
       all_right_ = false;
       return report_.add_failure(c, path, verdict.failure);
     }
+    if (options_.check) return report_.add_checked(c, path, verdict.error);
     Row row;
     row.shape = c;
     row.path = path;

@@ -258,7 +258,7 @@ void test_cases() {
 
 void test_presets() {
   for (const Op op : {Op::kLinear, Op::kShrink, Op::kExpand, Op::kEmbedding, Op::kPlan}) {
-    for (const char* preset : {"quick", "issue", "full"}) {
+    for (const char* preset : {"quick", "issue", "full", "check"}) {
       std::set<std::string> names;
       for (const Case& c : preset_cases(preset, op)) {
         CHECK(names.insert(c.name()).second, "%s %s: %s twice", op_name(op), preset, c.name().c_str());
@@ -281,6 +281,17 @@ void test_options() {
   CHECK(select_cases(parse_options({"--case", "k=8,n=8,r=8,m=1"}, false)).size() == 1, "explicit cases stand alone");
   CHECK(select_cases(parse_options({"--chain"}, false)).size() == 18, "the chain's own preset");
   CHECK(select_cases(parse_options({"--idle"}, false))[0].idle, "idle");
+  for (const bool embedding : {false, true}) {
+    const Options check = parse_options({"--check"}, embedding);
+    CHECK(check.check && !check.calibrate && l2_that_counts(check, 1 << 20) == 1,
+          "what times nothing needs nothing cold");
+    const std::vector<Case> small = select_cases(check);
+    CHECK(small.size() == 16, "%zu cases", small.size());
+    for (const Case& c : small) CHECK(traffic_of(c, check.op).weights < 4e6, "%s is not small", c.name().c_str());
+    CHECK(select_cases(parse_options({"--check", "--preset", "quick"}, embedding))[0].k != small[0].k || embedding,
+          "preset");
+  }
+  CHECK(l2_that_counts(options, 1 << 20) == 1 << 20, "what is timed is cold");
   CHECK(!select_cases(parse_options({}, true)).empty(), "embedding");
   CHECK(parse_options({"-h"}, false).help && usage("bench_linear", false).find("--chain") != std::string::npos, "help");
 

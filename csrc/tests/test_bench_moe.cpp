@@ -45,6 +45,11 @@ void test_names_are_read_back() {
       CHECK(names.count(c.name()) == 1, "%s is not in full", c.name().c_str());
     }
   }
+  names.clear();
+  for (const MoeCase& c : select_moe_cases(parse_moe_options({"--check"}))) {
+    CHECK(names.insert(c.name()).second && c.pool_bytes() < 16 << 20, "%s is twice, or not small", c.name().c_str());
+  }
+  CHECK(names.size() == 15, "%zu", names.size());
   CHECK(moe_preset_cases("quick").size() == 4 && moe_preset_cases("issue").size() == 19, "sizes of presets");
 
   const MoeCase c = parse_moe_case(" moe:48x32,e8,k3,swiglu_oai,gated,interleaved  r4 M70 ");
