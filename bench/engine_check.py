@@ -71,7 +71,10 @@ class LayerCheck:
         right, deltas = without.clone(), _deltas(layer.lora_a_stacked, layer.lora_b_stacked, x, slots)
         right[:, : deltas.size(1)] += deltas
         if got.size(1) * 2 == right.size(1):  # with the activation behind it
-            name, (right, without) = f"{name}+act", (_activated("silu", t) for t in (right, without))
+            act = _fused_activation(layer)
+            if act not in GATED:
+                return
+            name, (right, without) = f"{name}+act", (_activated(act, t) for t in (right, without))
         self._add(name, got, right, without, slots)
 
     # ------------------------------------------------------------------------------------------------------- experts
@@ -135,6 +138,15 @@ def _deltas(a: tuple[Tensor, ...], b: tuple[Tensor, ...], x: Tensor, slots: Tens
             half = of_a[slot, min(expert, of_a.size(1) - 1)].float(), of_b[slot, min(expert, of_b.size(1) - 1)].float()
             delta[rows] = x[rows].float() @ half[0].T @ half[1].T
     return torch.cat(deltas, 1)
+
+
+def _fused_activation(layer: nn.Module) -> str | None:
+    """The activation whose output a layer of gate and up gives, which polylora's plugin has noted there."""
+    from polylora.ops import ACTIVATIONS
+    from polylora.vllm_plugin.tables import FUSED
+
+    number = getattr(layer, FUSED, None)
+    return next((name for name, code in ACTIVATIONS.items() if code == number), None)
 
 
 def _activated(act: str, y: Tensor) -> Tensor:

@@ -42,11 +42,20 @@ def register() -> None:
             from vllm.platforms import current_platform
 
             _mark_hash(LoRAConfig)
+            _reach_ray_workers()
             _choose_wrapper(type(current_platform))
     except Exception as error:  # vLLM would not catch it, and a server that can serve without polylora must start
         reason = f"this vLLM cannot be given its kernels ({type(error).__name__}: {error})"
     if reason is not None:
         _say(reason)
+
+
+def _reach_ray_workers() -> None:
+    """Lets vLLM copy what is set of ``POLYLORA_*`` to its Ray workers, whose kernels would else differ."""
+    name = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    prefixes = [prefix for prefix in os.environ.get(name, "").split(",") if prefix.strip()]
+    if "POLYLORA_" not in prefixes and any(key.startswith("POLYLORA_") for key in os.environ):
+        os.environ[name] = ",".join([*prefixes, "POLYLORA_"])
 
 
 @functools.cache  # once a process

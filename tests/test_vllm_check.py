@@ -28,16 +28,16 @@ class Model(nn.Module):
             self.add_module(name, layer)
 
 
-def linear_of(fused: bool) -> tuple[mlps.Setting, Model]:
-    setting = mlps.Setting(mlp=mlps.Mlp if fused else mlps.Twice)
+def linear_of(fused: bool, act: str = "silu") -> tuple[mlps.Setting, Model]:
+    setting = mlps.Setting(act=act, mlp=mlps.Mlp if fused else mlps.Twice)
     assert setting.is_fused == fused
     setting.step(mlps.ids_of(TOKENS))
     return setting, Model(gate_up_proj=setting.layer)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_linear_is_as_exact_as_its_dtype(fused):
-    setting, model = linear_of(fused)
+@pytest.mark.parametrize("fused, act", [(False, "silu"), *((True, act) for act in mlps.ACTS)])
+def test_a_linear_is_as_exact_as_its_dtype(fused, act):
+    setting, model = linear_of(fused, act)
     check = engine_check.LayerCheck(model)
     setting.layer(torch.randn(TOKENS + 2, mlps.K).to(torch.bfloat16))
     found = check.stop()

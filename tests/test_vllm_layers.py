@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 
 import polylora
 import pytest
@@ -611,6 +612,72 @@ def test_hidden_states_that_are_no_matrix(half):
         check(y.flatten(0, 1), base.flatten(0, 1), x.flatten(0, 1), [1, 0, 1, 1, 0, 1, 0, 1], weights, [24])
 
 
+@pytest.mark.parametrize("seen", ["matrix", "batch of one"])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_hidden_states_through_a_transpose(half, seen, rows):
+    """State space layers without a state, convolutional towers: vLLM's kernels copy what does not lie row by row."""
+    config = lora_config(half)
+    wrapper = make_wrapper(config, tokens=80)
+    layer = make_linear("row", half, wrapper, config)
+    weights = {1: adapter([24], 8, half)}
+    put(layer, 0, weights[1])
+    ids = [1, 0, 1, 0, 1] * (rows // 5)
+    step_of_ids(wrapper, ids, [1, None, None, None])
+    x = torch.randn(K, rows).to(half).T
+    x = x if seen == "matrix" else x.unsqueeze(0)
+    y = layer(x)
+    y = y[0] if isinstance(y, tuple) else y
+    base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+    check(y.view(rows, -1), base.view(rows, -1), x.reshape(rows, K), ids, weights, [24])
+    a = torch.zeros(1, rows, RANK)
+    wrapper.add_shrink(a, x, layer.lora_a_stacked, 1.0)
+    assert a.any()
+
+
+def test_a_graph_captured_before_the_first_step_holds_loras_kernels(monkeypatch, half):
+    """Vision towers have a wrapper of their own, and graphs before anyone tells it of a step."""
+    config = lora_config(half)
+    wrapper = make_wrapper(config, tokens=80)
+    layer = make_linear("row", half, wrapper, config)
+    weights = {1: adapter([24], 8, half)}
+    put(layer, 0, weights[1])
+    vllms = PunicaWrapperGPU(64, 16, torch.get_default_device(), lora_config=config)
+    for mine, theirs in ((wrapper.token_mapping_meta, vllms.token_mapping_meta),
+                         (wrapper.prompt_mapping_meta, vllms.prompt_mapping_meta)):  # fmt: skip
+        assert mine.no_lora_flag_cpu.item() == theirs.no_lora_flag_cpu.item()
+    called = vllm_source.note_calls(monkeypatch, ("plan", "linear_"))
+    x = torch.randn(70, K).to(half)
+    base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+    assert torch.equal(layer(x), base) and called == ["plan", "linear_"]
+    step_of_ids(wrapper, [0] * 70, [1, None, None, None])
+    assert torch.equal(layer(x), base) and called == ["plan", "linear_"]
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_vllms_batch_invariance_is_ours(monkeypatch, half, rows):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("POLYLORA_BATCH_INVARIANT", "0")
+    config = lora_config(half)
+    make_wrapper(config)
+    assert os.environ["POLYLORA_BATCH_INVARIANT"] == "0", "who says otherwise has the last word"
+    monkeypatch.delenv("POLYLORA_BATCH_INVARIANT")
+    wrapper = make_wrapper(config, tokens=128)
+    assert os.environ["POLYLORA_BATCH_INVARIANT"] == "1"
+    layer = make_linear("qkv", half, wrapper, config)
+    widths = LINEARS["qkv"][2]
+    for slot in range(2):
+        put(layer, slot, adapter(widths, 8, half))
+    x = torch.randn(rows, K).to(half)
+    base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+    monkeypatch.setattr(layer.base_layer.quant_method, "apply", lambda *args: base.clone())  # need not be invariant
+    ids = [1] * (rows - 1)
+    found = []
+    for last in (0, 2):
+        step_of_ids(wrapper, [*ids, last], [1, 2, None, None])
+        found.append(layer(x)[: rows - 1])
+    assert torch.equal(*found)
+
+
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 
@@ -653,6 +720,67 @@ def test_captured_graph_sees_later_steps(half, device):
         graph.replay()
         for out, base, weights, w in zip(outs, bases, adapters, widths, strict=True):
             check(out, base, x, ids, weights, w)
+
+
+@pytest.mark.cuda_only
+def test_layers_on_two_streams_have_plans_of_their_own(half, device):
+    """Shared experts on a second stream, beside the gate: who comes second must not read the plan of the last step."""
+    from vllm.forward_context import override_forward_context
+
+    config = lora_config(half)
+    wrapper = make_wrapper(config, tokens=128)
+    layers = [make_linear(name, half, wrapper, config) for name in ("row", "qkv")]
+    widths = [LINEARS[name][2] for name in ("row", "qkv")]
+    adapters = [{i: adapter(w, 8, half) for i in (1, 2)} for w in widths]
+    for layer, weights in zip(layers, adapters, strict=True):
+        for slot in range(2):
+            put(layer, slot, weights[slot + 1])
+    x = torch.randn(100, K).to(half)
+    bases = [layer.base_layer.quant_method.apply(layer.base_layer, x) for layer in layers]
+    aux = torch.cuda.Stream()
+    for ids in ([1, 2] * 50, [2, 1] * 50, [0, 2] * 50):
+        step_of_ids(wrapper, ids, [1, 2, None, None])
+        aux.wait_stream(torch.cuda.current_stream())
+        with override_forward_context(type("Context", (), {})()):
+            with torch.cuda.stream(aux):
+                torch.cuda._sleep(50_000_000)  # cycles: 25 ms and more, far longer than the host takes
+                late = layers[0](x)
+            soon = layers[1](x)
+        torch.cuda.synchronize()
+        for y, base, weights, w in zip((late, soon), bases, adapters, widths, strict=True):
+            check(y, base, x, ids, weights, w)
+
+
+@pytest.mark.cuda_only
+def test_other_rows_between_the_pieces_of_a_graph(half, device):
+    """What runs eagerly there plans for rows of its own; the later pieces go on with the plan of the first."""
+    from vllm.forward_context import override_forward_context
+
+    config = lora_config(half)
+    wrapper = make_wrapper(config, tokens=128)
+    layer = make_linear("row", half, wrapper, config)
+    weights = {1: adapter([24], 8, half)}
+    put(layer, 0, weights[1])
+    x = torch.randn(100, K).to(half)
+    base = layer.base_layer.quant_method.apply(layer.base_layer, x)
+    step_of_ids(wrapper, [1] * 100, [1, None, None, None])
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        layer(x)
+    torch.cuda.synchronize()
+    pieces, outs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()], []
+    with override_forward_context(type("Context", (), {})()):
+        for piece in pieces:
+            with torch.cuda.graph(piece):
+                outs.append(layer(x))
+    ids = [0, 1, 1, 0] * 25
+    step_of_ids(wrapper, ids, [1, None, None, None])
+    pieces[0].replay()
+    with override_forward_context(type("Context", (), {})()):
+        check(layer(x[:70]), base[:70], x[:70], ids[:70], weights, [24])
+    pieces[1].replay()
+    for out in outs:
+        check(out, base, x, ids, weights, [24])
 
 
 @pytest.mark.cuda_only

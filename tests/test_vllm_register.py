@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
+import os
 import subprocess
 import sys
 
@@ -73,6 +74,21 @@ def test_vllm_calls_the_entry_point(machine, caplog, monkeypatch):
     monkeypatch.setattr(plugins, "plugins_loaded", False)
     plugins.load_general_plugins()
     assert machine.get_punica_wrapper() == polylora_vllm.WRAPPER and said(caplog) == []
+
+
+@pytest.mark.parametrize("before, after", [("", "POLYLORA_"), ("A_,B_", "A_,B_,POLYLORA_"), ("POLYLORA_", "POLYLORA_")])
+def test_ray_workers_get_the_variables(machine, monkeypatch, before, after):
+    name = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    monkeypatch.setenv(name, before)
+    for variable in [key for key in os.environ if key.startswith("POLYLORA_")]:
+        monkeypatch.delenv(variable)
+    polylora_vllm.register()
+    assert os.environ[name] == before
+    monkeypatch.setenv("POLYLORA_VLLM_BESIDE", "0")
+    polylora_vllm.register()
+    assert os.environ[name] == after
+    copied = importlib.import_module("vllm.ray.ray_env").get_env_vars_to_copy()
+    assert "POLYLORA_VLLM_BESIDE" in copied
 
 
 def test_the_group_of_the_entry_point():

@@ -47,7 +47,7 @@ _LIBRARY = torch.library.Library("polylora_vllm", "FRAGMENT")
 
 def before_base(turn: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Tensor) -> None:
     """Tells that the base's GEMM of ``x [M, K]`` comes next: of few rows, :func:`linear` makes its deltas beside it."""
-    if no_lora.item() or x.size(0) > BESIDE_ROWS or not may_run_beside():
+    if no_lora.item() or x.size(0) > BESIDE_ROWS or not may_run_beside() or not _is_row_major(x):
         return
     t = table_of_a(a)
     step = step_of(rows)
@@ -63,6 +63,7 @@ def linear(
     """``y += (x A^T) B^T`` of each row's adapter, slices side by side. ``y [M, >= sum of widths]``, ``x [M, K]``."""
     if no_lora.item():
         return
+    x = _row_major(x)
     t = table_of_a(a)
     plan, delta = _plan_and_delta(x, t, step_of(rows))
     if delta is None:
@@ -88,6 +89,7 @@ def gate_up_act(
     t = table_of_a(a)
     if no_lora.item():
         return vllms_activation(t, y)
+    x = _row_major(x)
     plan, delta = _plan_and_delta(x, t, step_of(rows))
     # the fused one rounds less than vLLM's: a row would tell whether another of its step has an adapter
     if delta is None and (is_batch_invariant() or not _is_one_kernel(x, t, act)):
@@ -99,6 +101,15 @@ def gate_up_act(
     else:
         torch.ops.polylora.moe_act(h, y, delta, t.table, plan, t.widths, t.cols, act)
     return h
+
+
+def _is_row_major(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and (x.size(0) < 2 or x.stride(0) >= x.size(1))
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """``x``, or a copy of one that was seen through a transpose, as vLLM's own kernels make it."""
+    return x if _is_row_major(x) else x.contiguous()
 
 
 def _is_one_kernel(x: Tensor, t: SliceTable, act: int) -> bool:
@@ -128,6 +139,7 @@ def shrink(v: Tensor, x: Tensor, a: Sequence[Tensor], rows: Tensor, no_lora: Ten
         return
     announce_whole(a)  # of a classification head's full weights, which vLLM shrinks by, too
     t = table_of_a(a)
+    x = _row_major(x)
     packed = v.new_zeros(x.size(0), t.v_width)
     torch.ops.polylora.shrink(packed, x, t.a, t.table, step_of(rows).plan(x.size(0)))
     v.copy_(_by_slice(packed, v))

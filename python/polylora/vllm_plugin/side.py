@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from vllm import envs
 
 
 class SideStream:
@@ -65,3 +66,9 @@ def may_run_beside() -> bool:
 def is_batch_invariant() -> bool:
     """Whether a row's result must not depend on the other rows of its step."""
     return os.environ.get("POLYLORA_BATCH_INVARIANT") == "1"
+
+
+def follow_batch_invariance() -> None:
+    """Where vLLM is to be batch invariant (``VLLM_BATCH_INVARIANT``), so are polylora's ops, unless told otherwise."""
+    if envs.VLLM_BATCH_INVARIANT:
+        os.environ.setdefault("POLYLORA_BATCH_INVARIANT", "1")  # which the kernels' launchers read, too

@@ -11,6 +11,7 @@ from polylora.vllm_plugin import experts
 from polylora.vllm_plugin.activation import follow_models
 from polylora.vllm_plugin.beside import run_beside
 from polylora.vllm_plugin.ops import BESIDE_ROWS  # and torch.ops.polylora_vllm
+from polylora.vllm_plugin.side import follow_batch_invariance
 from polylora.vllm_plugin.step import StepRows, slots_of
 from polylora.vllm_plugin.tables import FUSED, adopt, follow_layers, go_through, refusal_of_slots, say_once
 
@@ -42,6 +43,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
     """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
+        follow_batch_invariance()
         follow_layers(PolyloraPunicaWrapper, _adopt)
         follow_models(PolyloraPunicaWrapper)
         go_through(PolyloraPunicaWrapper)
