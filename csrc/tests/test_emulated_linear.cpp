@@ -184,6 +184,33 @@ class Problem {
     return y_->get(row * y_stride_ + cols_[static_cast<size_t>(slice)] + n);
   }
   bool is_untouched() const { return y_->copy() == y_before_; }
+  /// Of a row, or those of `y` that a copy of it holds.
+  std::vector<unsigned char> row_of(const std::vector<unsigned char>& y, int64_t row) const {
+    const int64_t bytes = y_stride_ * size_of(shape_.dtype);
+    return {y.begin() + row * bytes, y.begin() + (row + 1) * bytes};
+  }
+  std::vector<unsigned char> y_bytes() const { return y_->copy(); }
+
+  /// Row r stands at to[r] from here on, with its adapter where keeps[r] says so, else without one.
+  void move_rows(const std::vector<int64_t>& to, const std::vector<bool>& keeps) {
+    const auto moved = [&](const std::vector<unsigned char>& from, int64_t stride) {
+      std::vector<unsigned char> result(from.size());
+      const int64_t bytes = stride * size_of(shape_.dtype);
+      for (int64_t r = 0; r < shape_.rows; ++r) {
+        std::memcpy(result.data() + to[static_cast<size_t>(r)] * bytes, from.data() + r * bytes,
+                    static_cast<size_t>(bytes));
+      }
+      return result;
+    };
+    x_truth_ = moved(x_truth_, x_stride_);
+    y_before_ = moved(y_before_, y_stride_);
+    std::vector<int32_t> ids(ids_.size());
+    for (size_t r = 0; r < ids_.size(); ++r) ids[static_cast<size_t>(to[r])] = keeps[r] ? ids_[r] : -1;
+    ids_ = ids;
+    make_plan(ids_, *plan_);
+    plan_truth_ = {plan_->data(), plan_->data() + plan_->size()};
+    exact_v_.clear();
+  }
 
   /// All inputs as another step left them, until the kernel waits for it.
   void spoil(uint64_t seed, bool stale) {
@@ -584,6 +611,45 @@ void many_outputs() {
   }
 }
 
+// A row's bits do not depend on where it stands in the batch, nor on the adapters of the others.
+void same_bits_at_any_place() {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster},
+                                   {"narrow", narrow},
+                                   {"narrow apart", narrow_apart},
+                                   {"narrow halves", narrow_halves}}) {
+    Random random(5);
+    for (int64_t rows : {2, 9, 17, 40, 72}) {
+      for (int rank : {16, 8, 40}) {
+        cuda::emulated_device.sms = random.chance(0.3) ? 5 : 132;
+        Shape shape{DType::kBFloat16, rows, 32 * random.between(1, 9), {72, 24}, 5, {rank, 3, 0, 16}};
+        const std::string what = name + ", " + std::to_string(rows) + " rows, rank " + std::to_string(rank) + ", moved";
+        Problem problem(shape, random.bits());
+        running = what;
+        problem.spoil(1, false);
+        CHECK(path(problem) == cudaSuccess, "%s", what.c_str());
+        const std::vector<unsigned char> before = problem.y_bytes();
+        std::vector<int64_t> to(static_cast<size_t>(rows));
+        for (size_t r = 0; r < to.size(); ++r) to[r] = static_cast<int64_t>(r);
+        for (size_t r = to.size(); r > 1; --r) std::swap(to[r - 1], to[random.bits() % r]);
+        std::vector<bool> keeps(to.size());
+        for (size_t r = 0; r < keeps.size(); ++r) keeps[r] = r == 0 || random.chance(0.6);
+        problem.move_rows(to, keeps);
+        problem.spoil(2, false);
+        CHECK(path(problem) == cudaSuccess, "%s", what.c_str());
+        const std::vector<unsigned char> after = problem.y_bytes();
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t at = to[static_cast<size_t>(r)];
+          CHECK(!keeps[static_cast<size_t>(r)] || problem.row_of(after, at) == problem.row_of(before, r),
+                "%s: row %lld, at %lld now", what.c_str(), (long long)r, (long long)at);
+        }
+        problem.check(what);
+        running.clear();
+      }
+    }
+    cuda::emulated_device.sms = 132;
+  }
+}
+
 // What only a caller that is wrong, or unlucky, sends.
 void odd_calls() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster},
@@ -728,6 +794,7 @@ int main() {
   testing::many_full_tiles();
   testing::few_jobs_of_many();
   testing::many_outputs();
+  testing::same_bits_at_any_place();
   testing::odd_calls();
   testing::prefill();
   testing::mixed_lengths();

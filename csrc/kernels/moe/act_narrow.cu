@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
     __syncthreads();  // all are done with v
     index += gridDim.y;
   }
-  if (jobs == 0 || active != task.rows) activate_base_rows<T, 2, kWarps>(params.expand);
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
+  if (jobs == 0 || active != task.rows) activate_base_rows<T, 2, kWarps>(params.expand);
 }
 
 // Groups up to which a plan of one row a pair counts as a dense layer's. More are experts', of which each has few rows.
