@@ -10,6 +10,7 @@ import shutil
 import threading
 
 import peft
+import polylora
 import pytest
 import torch
 import transformers
@@ -569,7 +570,7 @@ def test_one_adapter_too_many(llama):
 def test_a_rank_above_the_limit(device):
     with attach(make_model("llama", device=device), max_rank=8) as engine:
         engine.load("small", adapter_folder("llama", "everything"))
-        with pytest.raises(ValueError, match="max_rank"):
+        with pytest.raises(polylora.AdapterError, match="rank must be at most max_rank = 8, got"):
             engine.load("large", adapter_folder("llama", "linears"))
         assert engine.adapters == ["small"]
 
@@ -893,3 +894,11 @@ def test_grouped_mm(device):
     assert grouped_mm(x[:0], weight, torch.zeros_like(ends)).shape == (0, 24)
     half = grouped_mm(x.bfloat16(), weight.bfloat16(), ends).float()
     torch.testing.assert_close(half, want, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("what", ["meta-llama/Llama-3.1-8B", None, torch.nn.Linear(3, 3)])
+def test_what_is_no_model_is_refused(what):
+    with pytest.raises(
+        polylora.EngineError, match=f"must be a transformers model that is loaded, got {type(what).__name__}"
+    ):
+        attach(what)

@@ -6,7 +6,10 @@ import pytest
 import reference as ref
 import torch
 from cases import make_ids, make_moe_case, ops, plan_rows
+from polylora import _host
+from polylora.plan import PassPlans
 
+ROWS_WORD, ACTIVE_WORD = (_host.PLAN_HEADER[name] for name in ("rows", "active_rows"))
 PATTERNS = ("mixed", "none", "one", "base_and_one", "segments", "two_segments", "invalid", "skewed")
 
 
@@ -249,3 +252,23 @@ def test_moe_row_map_without_positions(device, tokens):
 @pytest.mark.parametrize("row_map", [False, True], ids=["pair_order", "row_map"])
 def test_moe_above_the_single_launch_limit(device, row_map):
     check_moe(make_moe_case(device, tokens=2500, top_k=8, slots=3, experts=128, row_map=row_map, block=16))
+
+
+def test_plans_of_a_pass_by_stream_and_capture(device, monkeypatch):
+    """Made once where they are read; nothing that runs elsewhere, on other rows, changes one."""
+    slots = torch.tensor([2, -1, 0, 1, 2, 2, -1, 0], dtype=torch.int32, device=device)
+    plans, here, made = PassPlans(slots, 3), [(0, False)], {}
+    monkeypatch.setattr(PassPlans, "_where", lambda self: here[0])
+    first = plans.plan(8, made)
+    kept = first.clone()
+    assert kept[ROWS_WORD] == 8
+    for other in ((0, True), (7, False), (7, True)):
+        here[0] = other
+        there = plans.plan(5, made)
+        assert there[ROWS_WORD] == 5 and there.data_ptr() != first.data_ptr() and torch.equal(first, kept)
+    here[0] = (0, False)
+    slots.fill_(-1)
+    again = plans.plan(8, made)
+    assert again.data_ptr() == first.data_ptr() and torch.equal(again, kept), "made once a pass"
+    assert plans.plan(3, made)[ROWS_WORD] == 3, "of other rows made anew"
+    assert plans.plan(8, {})[ACTIVE_WORD] == 0, "and in the next pass"

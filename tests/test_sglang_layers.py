@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 
 import pytest
@@ -177,6 +178,18 @@ def test_methods_take_what_sglangs_callers_give():
 def test_modes_with_two_batches_in_flight_are_refused(serving, modes):  # noqa: F811
     with pytest.raises(ValueError, match="--lora-backend polylora does not support --" + modes.replace("_", "-")):
         make_backend(types.SimpleNamespace(**{modes: True}))
+
+
+def test_deterministic_inference_is_batch_invariance(monkeypatch):
+    """SGLang's own switch: its Triton kernels add over K in one order, whatever the batch."""
+    for before, after in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv("POLYLORA_BATCH_INVARIANT", "")
+        if before is None:
+            monkeypatch.delenv("POLYLORA_BATCH_INVARIANT")
+        else:
+            monkeypatch.setenv("POLYLORA_BATCH_INVARIANT", before)
+        make_backend(types.SimpleNamespace(enable_deterministic_inference=True))
+        assert os.environ["POLYLORA_BATCH_INVARIANT"] == after
 
 
 def test_dp_attention_is_not_claimed():

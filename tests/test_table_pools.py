@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import polylora
 import pytest
 import torch
 from hypothesis import given
@@ -618,3 +619,21 @@ def test_upload_is_refused_during_capture():
     with pytest.raises(RuntimeError, match="must not be called while a CUDA graph is captured"):  # noqa: SIM117
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             table.set_slot(0, 2)
+
+
+def test_a_transposed_b_is_refused():
+    """Its ranks for outputs would leave most of y untouched, without a word."""
+    a = torch.zeros(4, 1, 8, 64)
+    with pytest.raises(ValueError, match=r"b\[0\] must be \[..., width, R = 8\], as a has R = 8, got \[4, 8, 32\]"):
+        SliceTable.from_dense_pool(a, torch.zeros(4, 8, 32), [8] * 4)
+    assert SliceTable.from_dense_pool(a, torch.zeros(4, 32, 8), [8] * 4).widths == [32]
+
+
+def test_one_rank_for_all_slots_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"ranks must be one a slot \(4\), got 8"):
+        SliceTable.from_dense_pool(torch.zeros(4, 1, 8, 64), torch.zeros(4, 32, 8), 8)
+
+
+def test_a_plan_of_other_rows_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"polylora::Plan.fill: group_ids must be \[6\], got \[2\]"):
+        polylora.Plan(6, groups=4).fill(torch.zeros(2, dtype=torch.int32))

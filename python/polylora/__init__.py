@@ -16,7 +16,7 @@ from polylora._library import has_cuda_kernels, load_library
 load_library()
 
 from polylora import ops  # noqa: E402  (the ops must be registered before their fakes)
-from polylora.adapters import MAX_RANK  # noqa: E402
+from polylora.adapters import MAX_RANK, AdapterError  # noqa: E402
 from polylora.plan import Plan, plan_size  # noqa: E402
 from polylora.pool import AdapterPool  # noqa: E402
 from polylora.table import SliceTable  # noqa: E402
@@ -26,7 +26,26 @@ if TYPE_CHECKING:
 
     from polylora.engines.hf import HfEngine
 
-__all__ = ["AdapterPool", "Plan", "SliceTable", "__version__", "attach", "has_cuda_kernels", "ops", "plan_size"]
+__all__ = [
+    "AdapterError",
+    "AdapterPool",
+    "EngineError",
+    "Plan",
+    "SliceTable",
+    "__version__",
+    "attach",
+    "has_cuda_kernels",
+    "ops",
+    "plan_size",
+]
+
+
+def __getattr__(name: str) -> type[Exception]:
+    if name == "EngineError":  # what raises it is loaded by attach alone
+        from polylora.engines.errors import EngineError
+
+        return EngineError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def attach(

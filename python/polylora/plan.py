@@ -55,6 +55,8 @@ class Plan:
 
     def fill(self, group_ids: torch.Tensor) -> Plan:
         """Groups the rows. ``group_ids``: int32 or int64 ``[rows]``, -1 = no adapter. No synchronisation."""
+        if group_ids.dim() != 1 or group_ids.size(0) != self.rows:
+            raise ValueError(f"polylora::Plan.fill: group_ids must be [{self.rows}], got {list(group_ids.shape)}")
         torch.ops.polylora.plan(self.tensor, group_ids, self.groups)
         return self
 
@@ -84,3 +86,45 @@ class Plan:
             invalid_ids=words[at["invalid"]],
             max_run=words[at["max_run"]],
         )
+
+
+class PassPlans:
+    """Plans that an engine's layers make inside a forward pass: the first that asks makes it, the others read it.
+
+    Each stream has one of its own, as nothing says which of two streams comes first, and so have captured passes: what
+    runs eagerly between the pieces of a graph, on other rows, must not change the plan that the later pieces read, nor
+    may it read what a replay has left. All passes of a stream share its memory: each fills it before it reads it, and
+    they follow each other on the device.
+
+    Args:
+        slots: int32 ``[capacity]`` on the device, -1 = no adapter; at one address for good.
+        groups: adapter slots.
+    """
+
+    def __init__(self, slots: torch.Tensor, groups: int) -> None:
+        self._slots, self._groups = slots, groups
+        self._memory: dict[tuple[int, bool], torch.Tensor] = {}
+
+    def plan(self, rows: int, made: dict) -> torch.Tensor:
+        """The plan of the first ``rows`` rows, int32 ``[plan_size(rows, groups)]``.
+
+        Args:
+            made: what this pass has made so far; empty where one begins.
+        """
+        where = self._where()
+        if where not in self._memory:
+            with torch.inference_mode(False):  # passes may come in either mode
+                words = plan_size(self._slots.numel(), self._groups)
+                self._memory[where] = torch.empty(words, dtype=torch.int32, device=self._slots.device)
+        plan = self._memory[where][: plan_size(rows, self._groups)]
+        if made.get((id(self), where)) != rows:
+            torch.ops.polylora.plan(plan, self._slots[:rows], self._groups)
+            made[id(self), where] = rows
+        return plan
+
+    def _where(self) -> tuple[int, bool]:
+        """The current stream, and whether it is captured."""
+        if not self._slots.is_cuda:
+            return 0, False
+        stream = torch.cuda.current_stream(self._slots.device).cuda_stream
+        return stream, torch.cuda.is_current_stream_capturing()

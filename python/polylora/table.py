@@ -422,6 +422,9 @@ class SliceTable:
         b_bases = [b] if isinstance(b, torch.Tensor) else list(b)
         for i, t in enumerate(b_bases):
             _check_dims(where, f"b[{i}]", t, dims)
+            room = max(capacity) if len(b_bases) == 1 else capacity[i] if i < len(capacity) else t.size(-1)
+            if t.size(-1) != room:  # a transposed B, of which a part would be served
+                raise _refuse(where, f"b[{i}]", f"[..., width, R = {room}], as a has R = {room}", list(t.shape))
         return cls._dense(
             where,
             a_bases,
@@ -722,8 +725,9 @@ class SliceTable:
             packed=packed,
         )
         if ranks is not None:
-            if len(ranks) != slots:
-                raise _refuse(where, "ranks", f"one a slot ({slots})", len(ranks))
+            if isinstance(ranks, int) or len(ranks) != slots:
+                got = ranks if isinstance(ranks, int) else len(ranks)
+                raise _refuse(where, "ranks", f"one a slot ({slots})", got)
             one_scale = isinstance(scales, (int, float))
             if not one_scale and len(scales) != slots:
                 raise _refuse(where, "scales", f"one a slot ({slots})", len(scales))

@@ -40,7 +40,7 @@ from polylora._library import has_cuda_kernels
 from polylora.adapters import MAX_RANK, AdapterError, AdapterWeights, load_adapter
 from polylora.layers import BatchPlans, EmbeddingSite, LinearSite
 from polylora.models import Site, model_table
-from polylora.pool import AdapterPool
+from polylora.pool import AdapterPool, SlotInUse
 
 from .base_weights import base_weight_problems
 from .errors import EngineError
@@ -119,9 +119,14 @@ class HfEngine:
 
         Raises:
             polylora.models.UnknownModelError: no table for this family.
-            EngineError: the model is training, wrapped or adapted by PEFT, attached already, spread over devices, on a
-                GPU that this build has no kernels for, or its modules are not those the table expects.
+            EngineError: it is no model of transformers, is training, wrapped or adapted by PEFT, attached already,
+                spread over devices, on a GPU that this build has no kernels for, or its modules are not those that the
+                table expects.
         """
+        if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+            raise EngineError(
+                f"polylora.attach: model must be a transformers model that is loaded, got {type(model).__name__}"
+            )
         if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
             raise EngineError("polylora.attach: model must be without PEFT adapters, got one with; unload them first")
         if HfEngine.of(model) is not None:
@@ -393,6 +398,11 @@ class HfEngine:
             reasons = [f"{site}: {self._unservable[site]}" for site in adapter.sites if site in self._unservable]
             if folder is not None and not reasons:
                 reasons = base_weight_problems(folder, self._weight_of)
+            if adapter.max_rank > self.pool.max_rank:
+                reasons.append(
+                    f"rank must be at most max_rank = {self.pool.max_rank}, got {adapter.max_rank}; polylora.attach "
+                    f"takes another max_rank"
+                )
             if reasons:
                 raise AdapterError(name, reasons)
             self.pool.load(adapter)
@@ -412,8 +422,14 @@ class HfEngine:
             polylora.pool.SlotInUse: the running batch uses it.
         """
         self._refuse_detached("unload")
-        with torch.inference_mode(False), torch.no_grad():
-            self.pool.unload(name)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.pool.unload(name)
+        except SlotInUse:
+            raise SlotInUse(
+                f"polylora.HfEngine.unload: adapter {name!r} must not be in use, the running batch has it; leave that "
+                f"first"
+            ) from None
         del self._touches[name]
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,6 +63,8 @@ class PolyloraLoRABackend(BaseLoRABackend):
         if torch.device(device).type == "cuda" and not polylora.has_cuda_kernels():
             raise RuntimeError("polylora: its library was built without CUDA kernels; choose another --lora-backend")
         _refuse_modes(server_args)
+        if getattr(server_args, "enable_deterministic_inference", False):
+            os.environ.setdefault("POLYLORA_BATCH_INVARIANT", "1")  # which the kernels' launchers read
         self.tables = PoolTables(max_loras_per_batch)
         self._decode: BatchBuffer | None = None
         self._prefill: BatchBuffer | None = None
@@ -167,7 +170,7 @@ class PolyloraLoRABackend(BaseLoRABackend):
     def reset_routing_cache(self) -> None:
         """The plan of the batch is made anew: SGLang calls it as the first thing of each pass that is to be captured.
 
-        It is made here rather than by the first layer, which may run on a side stream that others do not wait for.
+        It is made here, so that layers on the pass's own stream find it; those on a side stream make their own.
         """
         super().reset_routing_cache()
         if self.batch_info is not None and get_capture_lora_variant() != "nolora":

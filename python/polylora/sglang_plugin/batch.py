@@ -18,7 +18,7 @@ from sglang.srt.lora.utils import LoRABatchInfo, MoELoRABatchInfo
 from torch import Tensor
 
 from polylora.packed import PackedInts
-from polylora.plan import plan_size
+from polylora.plan import PassPlans
 from polylora.table import round_up, sent_to
 
 _PADDING = 256  # of an eager pass: tensor parallelism pads its rows to a multiple of the ranks
@@ -36,8 +36,8 @@ class Rows:
         self.slots = slots
         self.num_slots = num_slots
         self.count = 0
-        self._plan = torch.empty(plan_size(slots.numel(), num_slots), dtype=torch.int32, device=slots.device)
-        self._made: tuple[int, bool] | None = None
+        self._plans = PassPlans(slots, num_slots)
+        self._made: dict = {}
 
     def renew(self, count: int) -> None:
         """Takes note that ``slots`` holds another batch, of ``count`` rows."""
@@ -45,8 +45,8 @@ class Rows:
         self.forget()
 
     def forget(self) -> None:
-        """The next call of :meth:`plan` makes it anew."""
-        self._made = None
+        """The next calls of :meth:`plan` make it anew."""
+        self._made.clear()
 
     def first(self, rows: int) -> Tensor:
         """The slots of the batch's rows and of the padding behind them, int32 ``[rows]``.
@@ -69,18 +69,10 @@ class Rows:
     def plan(self, rows: int) -> Tensor:
         """The plan of the first ``rows`` rows, int32 ``[plan_size(rows, num_slots)]``, made once a pass.
 
-        Made again under capture, so that the graph holds the kernel. All passes share one buffer: each fills it before
-        it reads it, and they follow each other on the device.
-
-        Raises ValueError as :meth:`first`.
+        Which streams and captures have which: :class:`polylora.plan.PassPlans`. Raises ValueError as :meth:`first`.
         """
-        slots = self.first(rows)
-        capturing = slots.is_cuda and torch.cuda.is_current_stream_capturing()
-        plan = self._plan[: plan_size(rows, self.num_slots)]
-        if self._made != (rows, capturing):
-            torch.ops.polylora.plan(plan, slots, self.num_slots)
-            self._made = rows, capturing
-        return plan
+        self.first(rows)
+        return self._plans.plan(rows, self._made)
 
 
 @dataclass

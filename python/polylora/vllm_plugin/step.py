@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from polylora.packed import PackedInts
-from polylora.plan import plan_size
+from polylora.plan import PassPlans
 from polylora.table import SliceTable, round_up
 from polylora.vllm_plugin.side import SideStream
 
@@ -83,8 +83,8 @@ class StepRows:
         self._meta = meta
         sizes = self.capacity, self.capacity, num_slots + 1, num_slots + 1, num_slots + 2
         self._packed = PackedInts(sizes, device)
-        self._plans: dict[tuple[int, bool], Tensor] = {}
         self.rows, order, active, counts, starts = self._packed.parts
+        self._plans = PassPlans(self.rows, num_slots)
         meta.token_lora_mapping, meta.token_indices_sorted_by_lora_ids = self.rows, order
         meta.active_lora_ids, meta.num_tokens_per_lora, meta.lora_token_start_loc = active, counts, starts
         self.no_lora = meta.no_lora_flag_cpu
@@ -133,36 +133,15 @@ class StepRows:
     def plan(self, rows: int) -> Tensor:
         """The plan of the first ``rows`` rows, int32 ``[plan_size(rows, num_slots)]``, filled once a forward pass.
 
-        Each stream has a plan of its own, as nothing else says which of two comes first, and so have captured passes:
-        what runs between the pieces of a graph, on other rows, must not change the plan that the later pieces read. All
-        passes of a stream share the memory: each fills it before it reads it, and they follow each other on the device.
+        Which streams and captures have which: :class:`polylora.plan.PassPlans`.
         """
         if rows > self.capacity:
             raise ValueError(f"polylora: a forward pass has up to {self.capacity} rows, got {rows}")
-        where = 0, False
-        if self.rows.is_cuda:
-            stream = torch.cuda.current_stream(self.rows.device).cuda_stream
-            where = stream, torch.cuda.is_current_stream_capturing()
-        marks = _marks_of_this_pass()
-        made = marks.get((id(self), where))
-        if made is not None and made[0] == rows:
-            return made[1]
-        plan = self._memory(where)[: plan_size(rows, self.num_slots)]
-        torch.ops.polylora.plan(plan, self.rows[:rows], self.num_slots)
-        marks[id(self), where] = rows, plan
-        return plan
-
-    def _memory(self, where: tuple[int, bool]) -> Tensor:
-        """Of a plan of any rows, for a stream, captured or not."""
-        if where not in self._plans:
-            with torch.inference_mode(False):  # passes may come in either mode
-                words = plan_size(self.capacity, self.num_slots)
-                self._plans[where] = torch.empty(words, dtype=torch.int32, device=self.rows.device)
-        return self._plans[where]
+        return self._plans.plan(rows, _made_in_this_pass())
 
 
-def _marks_of_this_pass() -> dict[tuple, tuple[int, Tensor]]:
-    """Which plans this forward pass has made: by :class:`StepRows` and where, for how many rows.
+def _made_in_this_pass() -> dict:
+    """Which plans this forward pass has made, for :class:`polylora.plan.PassPlans`.
 
     vLLM makes a new context for each pass. Without one (vision towers, logits) nothing is remembered.
     """
