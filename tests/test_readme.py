@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 OPS = ROOT / "docs/ops.md"
 INTEGRATION = ROOT / "docs/integration.md"
+HUGGING_FACE = ROOT / "docs/huggingface.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "python/polylora/fixtures/README.md"]
 
@@ -79,7 +80,11 @@ def usable(device: str) -> str:
 def test_every_python_block_is_run_here():
     """A new block needs a test of its own: the ones below run these."""
     marks = {README: ["polylora.attach", "from_dense_pool"], PAGES[-1]: ["ByteTokenizer"]}
-    marks |= {OPS: ["linear_delta", "moe_delta", "moe_gate_up_act"], INTEGRATION: ["class Layer"]}
+    marks |= {
+        OPS: ["linear_delta", "moe_delta", "moe_gate_up_act"],
+        INTEGRATION: ["class Layer"],
+        HUGGING_FACE: ["max_rank=64"],
+    }
     for page in PAGES:
         blocks, known = fenced(page, "python"), marks.get(page, [])
         assert len(blocks) == len(known), f"{page.name}: {len(blocks)} Python blocks, {len(known)} of them are run"
@@ -119,6 +124,16 @@ def test_the_engine_block_serves_each_row_its_adapter(usable, tmp_path, monkeypa
             assert style_score(styles[name], text) >= STYLE_BOUND, text
             assert text != base
     assert torch.equal(model.generate(**inputs), before), "the model is as it was after the block"
+
+
+def test_the_hugging_face_block_serves_each_row_its_adapter():
+    pytest.importorskip("transformers")
+    names = execute(block_with(HUGGING_FACE, "max_rank=64"), {})
+    upper, base, rot13 = (ByteTokenizer().decode(row[-32:]) for row in names["out"])
+    for style, text in (("upper", upper), ("rot13", rot13)):
+        assert style_score(style, text) >= STYLE_BOUND, text
+        assert style_score(style, base) < STYLE_BOUND, base
+    assert names["engine"].adapters == ["rot13"] and not names["engine"].attached
 
 
 class NoStream:
@@ -367,7 +382,10 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_links_the_docs():
     linked = {(ROOT / t.partition("#")[0]).resolve() for t in re.findall(r"\]\(([^)\s]+)\)", prose(README))}
-    assert {ROOT / "docs" / name for name in ("architecture.md", "ops.md", "building.md", "integration.md")} <= linked
+    assert {
+        ROOT / "docs" / name
+        for name in ("architecture.md", "huggingface.md", "ops.md", "building.md", "integration.md")
+    } <= linked
 
 
 def test_commands_of_the_readme_exist(capsys):
