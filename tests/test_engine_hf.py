@@ -25,7 +25,7 @@ from engine_cases import (
     peft_model,
 )
 from polylora.adapters import AdapterError
-from polylora.engines import EngineError, HfEngine, attach
+from polylora.engines import EngineError, HfEngine, attach, hf
 from polylora.engines.hf_experts import grouped_mm
 from polylora.layers import BatchPlans
 from polylora.pool import PoolFull, SlotInUse, UnknownAdapter
@@ -902,3 +902,12 @@ def test_what_is_no_model_is_refused(what):
         polylora.EngineError, match=f"must be a transformers model that is loaded, got {type(what).__name__}"
     ):
         attach(what)
+
+
+def test_a_gpu_that_no_kernel_was_built_for_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(polylora.EngineError, match=r"compute capability 8.0 or later, or on the CPU, got 7.5"):
+        hf._refuse_old_gpu(torch.device("cuda"))
+    hf._refuse_old_gpu(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    hf._refuse_old_gpu(torch.device("cuda"))

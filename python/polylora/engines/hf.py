@@ -140,6 +140,7 @@ class HfEngine:
         self.device = _one_device(modules.values())
         if self.device.type == "cuda" and not has_cuda_kernels():
             raise EngineError("polylora.attach: model must be on the CPU, this build has no CUDA kernels (no nvcc)")
+        _refuse_old_gpu(self.device)
         self.dtype = dtype or _dtype_of(next(iter(modules.values())))
         if self.dtype not in _DTYPES:
             raise EngineError(f"polylora.attach: dtype must be bfloat16, float16 or float32, got {self.dtype}")
@@ -482,6 +483,15 @@ class HfEngine:
     def _refuse_detached(self, method: str) -> None:
         if not self._undo:
             raise EngineError(f"polylora.HfEngine.{method}: the engine is detached; attach a new one")
+
+
+def _refuse_old_gpu(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise EngineError(
+            f"polylora.attach: model must be on a GPU of compute capability 8.0 or later, or on the CPU, got "
+            f"{major}.{minor}"
+        )
 
 
 def _refuse_training(model: torch.nn.Module, what: str) -> None:
