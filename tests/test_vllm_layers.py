@@ -79,6 +79,16 @@ def put(layer, slot, weights):
     layer.set_lora(slot, *((a[0], b[0]) if len(a) == 1 else (a, b)))
 
 
+def layer_of_one_adapter(dtype, tokens):
+    """A wrapper for ``tokens`` rows, a row-parallel layer of it with adapter 1 in slot 0, and the adapter."""
+    config = lora_config(dtype)
+    wrapper = make_wrapper(config, tokens)
+    layer = make_linear("row", dtype, wrapper, config)
+    weights = {1: adapter([24], 8, dtype)}
+    put(layer, 0, weights[1])
+    return wrapper, layer, weights
+
+
 def step_of_ids(wrapper, ids, slot_ids, prompts=(), vocab=VOCAB):
     wrapper.update_metadata(LoRAMapping(tuple(ids), tuple(prompts), is_prefill=True), slot_ids, SLOTS + 1, vocab)
 
@@ -616,11 +626,7 @@ def test_hidden_states_that_are_no_matrix(half):
 @pytest.mark.parametrize("rows", [5, 70])
 def test_hidden_states_through_a_transpose(half, seen, rows):
     """State space layers without a state, convolutional towers: vLLM's kernels copy what does not lie row by row."""
-    config = lora_config(half)
-    wrapper = make_wrapper(config, tokens=80)
-    layer = make_linear("row", half, wrapper, config)
-    weights = {1: adapter([24], 8, half)}
-    put(layer, 0, weights[1])
+    wrapper, layer, weights = layer_of_one_adapter(half, 80)
     ids = [1, 0, 1, 0, 1] * (rows // 5)
     step_of_ids(wrapper, ids, [1, None, None, None])
     x = torch.randn(K, rows).to(half).T
@@ -636,12 +642,8 @@ def test_hidden_states_through_a_transpose(half, seen, rows):
 
 def test_a_graph_captured_before_the_first_step_holds_loras_kernels(monkeypatch, half):
     """Vision towers have a wrapper of their own, and graphs before anyone tells it of a step."""
-    config = lora_config(half)
-    wrapper = make_wrapper(config, tokens=80)
-    layer = make_linear("row", half, wrapper, config)
-    weights = {1: adapter([24], 8, half)}
-    put(layer, 0, weights[1])
-    vllms = PunicaWrapperGPU(64, 16, torch.get_default_device(), lora_config=config)
+    wrapper, layer, weights = layer_of_one_adapter(half, 80)
+    vllms = PunicaWrapperGPU(64, 16, torch.get_default_device(), lora_config=lora_config(half))
     for mine, theirs in ((wrapper.token_mapping_meta, vllms.token_mapping_meta),
                          (wrapper.prompt_mapping_meta, vllms.prompt_mapping_meta)):  # fmt: skip
         assert mine.no_lora_flag_cpu.item() == theirs.no_lora_flag_cpu.item()
@@ -756,11 +758,7 @@ def test_other_rows_between_the_pieces_of_a_graph(half, device):
     """What runs eagerly there plans for rows of its own; the later pieces go on with the plan of the first."""
     from vllm.forward_context import override_forward_context
 
-    config = lora_config(half)
-    wrapper = make_wrapper(config, tokens=128)
-    layer = make_linear("row", half, wrapper, config)
-    weights = {1: adapter([24], 8, half)}
-    put(layer, 0, weights[1])
+    wrapper, layer, weights = layer_of_one_adapter(half, 128)
     x = torch.randn(100, K).to(half)
     base = layer.base_layer.quant_method.apply(layer.base_layer, x)
     step_of_ids(wrapper, [1] * 100, [1, None, None, None])

@@ -486,8 +486,10 @@ class HfEngine:
 
 
 def _refuse_old_gpu(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
         raise EngineError(
             f"polylora.attach: model must be on a GPU of compute capability 8.0 or later, or on the CPU, got "
             f"{major}.{minor}"
