@@ -47,6 +47,7 @@ struct Shape {
   Activation act = Activation::kSilu;
   bool y_weighted = false;
   bool apart = false;            // the deltas by an op of their own
+  bool few = false;              // and by linear's kernels, as those of few pairs
   bool narrow = false;           // by linear's kernels: one expert, a pair a token
   bool v_given = false;          // and v, of each row of x: for gate and up, where all experts share A
   bool shared_a = false;         // one A for gate and up
@@ -146,6 +147,7 @@ class Problem {
 
   Op op() const { return shape_.op; }
   bool apart() const { return shape_.apart; }
+  bool few() const { return shape_.few; }
   bool narrow() const { return shape_.narrow; }
   bool v_given() const { return shape_.v_given; }
 
@@ -787,11 +789,17 @@ class Problem {
 };
 
 /// moe_delta; sets where it left them.
-cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
+/// Of a call of moe_delta, without the deltas.
+LoraParams delta_params(const Problem& problem) {
   LoraParams p = problem.params();
-  const int64_t width = sum_of_widths(p.slices);
   for (int s = 0; s < p.slices.count; ++s) p.slices.col[s] = s > 0 ? p.slices.col[s - 1] + p.slices.width[s - 1] : 0;
   p.slices.col_stride = 1;
+  return p;
+}
+
+cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
+  LoraParams p = delta_params(problem);
+  const int64_t width = sum_of_widths(p.slices);
   stride = width + 8;
   p.y = problem.deltas(p.rows > 0 ? 2 * ((p.rows - 1) * stride + width) : 0);
   p.y_stride = stride;
@@ -806,11 +814,12 @@ cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
       p.slices.a_rows[s] = -1;
     }
   }
-  if (!cuda::moe_stream_serves(p)) return cudaErrorNotSupported;
+  if (!cuda::moe_stream_serves(p) || (problem.few() && !cuda::few_deltas_serve(p))) return cudaErrorNotSupported;
   int64_t bytes = 0;
-  const cudaError_t error = cuda::moe_deltas_scratch(p, bytes);
+  const cudaError_t error = (problem.few() ? cuda::few_deltas_scratch : cuda::moe_deltas_scratch)(p, bytes);
   p.scratch = problem.scratch(bytes);
-  return error == cudaSuccess && p.rows > 0 ? cuda::moe_delta_path(p, nullptr) : error;
+  if (error != cudaSuccess || p.rows == 0) return error;
+  return (problem.few() ? cuda::few_deltas_path : cuda::moe_delta_path)(p, nullptr);
 }
 
 cudaError_t apart(Problem& problem) {
@@ -858,6 +867,12 @@ void run(const std::string& what, const Shape& shape, int runs = 2) {
   Shape of_two = shape;
   of_two.apart = true;
   run(what + ", apart", of_two, runs);
+  const LoraParams p = delta_params(Problem(of_two, 1));
+  if (cuda::few_deltas_serve(p)) {
+    of_two.few = true;
+    run(what + ", apart, as few", of_two, runs);
+    of_two.few = false;
+  }
   if (!shape.experts_share_a && shape.op == Op::kGateUpAct) return;
   of_two.v_given = true;
   run(what + ", v given", of_two, runs);

@@ -186,6 +186,43 @@ void few_rows_without_experts() {
   }
 }
 
+/// Up to which pairs deltas are made by linear's kernels for few rows: again the scratch tells.
+void deltas_of_few_pairs() {
+  const auto check = [](const std::string& what, bool few, auto&& change) {
+    LoraParams p = without_groups();
+    p.x_div = 10;
+    p.rows = 30;
+    p.v_width = 48;
+    p.slices.groups = 4096;
+    p.slices.count = 2;
+    p.slices.width[1] = p.slices.col[1] = 64;
+    p.slices.a_stride[0] = p.slices.a_stride[1] = p.k;
+    p.y_stride = 128;
+    change(p);
+    p.plan.max_tiles = p.rows;
+    int64_t asked = -1, narrow = -1, stream = -1;
+    CHECK(cuda::moe_delta_scratch(p, asked) == cudaSuccess && cuda::few_deltas_scratch(p, narrow) == cudaSuccess &&
+              cuda::moe_deltas_scratch(p, stream) == cudaSuccess && narrow != stream,
+          "%s", what.c_str());
+    CHECK(asked == (few ? narrow : stream), "%s: %lld bytes; of few pairs %lld, streams %lld", what.c_str(),
+          (long long)asked, (long long)narrow, (long long)stream);
+  };
+  const float weight[33] = {};
+  const int32_t map[33] = {};
+  check("three tokens of ten", true, [](LoraParams&) {});
+  check("32 pairs", true, [](LoraParams& p) { p.rows = 32; });
+  check("33 pairs", false, [](LoraParams& p) { p.rows = 33; });
+  check("down", true, [&](LoraParams& p) {
+    p.x_div = 0;
+    p.row_weight = weight;
+  });
+  check("a row map", false, [&](LoraParams& p) { p.row_map = map; });
+  check("K that is no multiple of 32", false, [](LoraParams& p) { p.k = 72; });
+  cuda::invariant = true;
+  check("batch-invariant", false, [](LoraParams&) {});
+  cuda::invariant = false;
+}
+
 /// Zeros in the deltas of two slices, and in nothing between their rows; by what.
 void zeroed_deltas(const std::string& what, int64_t rows, int64_t pitch, const std::string& want) {
   constexpr int64_t kWidth = 24 + 7;
@@ -238,6 +275,7 @@ int main() {
   polylora::testing::forced_paths_of_seams_without_groups();
   polylora::testing::seams_without_outputs();
   polylora::testing::few_rows_without_experts();
+  polylora::testing::deltas_of_few_pairs();
   polylora::testing::deltas_before_they_are_made();
   return polylora::testing::report();
 }

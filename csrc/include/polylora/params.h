@@ -156,6 +156,9 @@ struct LoraParams {
   PlanView plan;
 };
 
+/// Whether it is a half of an MoE layer: rows of x that pairs share, or a weight a pair.
+inline bool is_moe(const LoraParams& p) { return p.x_div != 0 || p.row_weight != nullptr || p.row_map != nullptr; }
+
 /// add_delta: y += delta, of rows with an adapter; x, A and B are unused.
 struct AddDeltaParams {
   LoraParams lora;       //

@@ -5,6 +5,8 @@
 // warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended, and
 // blocks that find no job share the outputs of the others' (share_jobs). Else the job is read before the kernel before
 // has ended, and again after it (as in linear_cluster.cu).
+#include <type_traits>
+
 #include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/v_source.cuh"
@@ -12,19 +14,18 @@
 namespace polylora::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * 32;
-constexpr int kLanesOfV = kThreads / kTileRows;  // of a row of v
-constexpr int kBlocksPerSm = 2;
-
 struct NarrowTask {
   LinearTask linear;
   TokenSource tokens;
 };
 
-template <typename T, bool kWide, int kRows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __grid_constant__ NarrowTask params) {
-  using Expand = NarrowExpand<T, kWide, kRows>;
+template <typename T, bool kWide, int kRows, bool kMoe>
+__global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(kMoe))
+    expand_narrow(const __grid_constant__ NarrowTask params) {
+  using Expand =
+      std::conditional_t<kMoe, NarrowExpand<T, kWide, kRows, 32, kWide ? 32 : 16>, NarrowExpand<T, kWide, kRows>>;
+  constexpr int kWarps = narrow_warps(kMoe);
+  constexpr int kLanesOfV = kWarps * 32 / kTileRows;  // of a row of v
   const LinearTask& task = params.linear;
   const bool is_lookup = params.tokens.ids != nullptr;
   T* smem_v = reinterpret_cast<T*>(ptx::dynamic_smem());
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
   int index = blockIdx.z;
   Part n = all;
   job.read(task, index, s);
+  if (kMoe && has_row_map(task)) job.jobs = 0;
   if (task.follows_own) {  // what the plan says is final
     const Sharing sharing = share_jobs(job.jobs, index, static_cast<int>(gridDim.z), all.end - all.begin, kWarps);
     n = sharing.of(all);
@@ -93,8 +95,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
       // a thread's part of v, before the wait for it
       const int v_row = static_cast<int>(threadIdx.x) / kLanesOfV;
       const int v_lane = static_cast<int>(threadIdx.x) % kLanesOfV;
-      const int end_of_v = v_row < rows ? (rank + kRankTile - 1) / kRankTile * kRankTile : 0;
+      const int end_of_v = v_row < rows ? whole_rank_tiles(rank) : 0;
       const int64_t batch_row = job.row(task, v_row % kRows);  // of all lanes at once
+      float weight = 1.f;
+      if (kMoe && task.row_weight != nullptr) weight = task.row_weight[job.row(task, g)];
       const int plane_row = min(job.plane_row(task, index) + v_row, task.plane_rows - 1);
       const float* from_planes = task.plane + int64_t{plane_row} * task.plane_width + s * task.rank_cap;
       if (!waited) {
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) expand_narrow(const __
       while (expand.unit < n.end) {
         r = expand.multiply(r, rank, alignment, smem_v + g * pitch, pitch);
         if (r >= rank) {
-          expand.store(entry.scale, has);
+          expand.store(kMoe && task.row_weight != nullptr ? entry.scale * weight : entry.scale, has);
           expand.next(kWarps, entry.b_stride);
           if (expand.unit >= n.end) break;
           r = 0;
@@ -156,27 +160,32 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   LinearTask& task = params.linear;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   const bool wide = rank >= kWideRanks;
+  const bool moe = is_moe(p);
   const int job_rows = narrow_job_rows(p);
   // a unit of outputs a warp, as long as the blocks are not far more than the device holds
   int64_t units = 0;
-  for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide ? 32 : 64);
+  for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], wide || moe ? 32 : 64);
   const int64_t fit = blocks / narrow_jobs(p);
-  const int64_t parts = min64(divide_up(units, kWarps), fit);
+  const int64_t parts = min64(divide_up(units, narrow_warps(moe)), fit);
   share_parts(task, static_cast<int>(parts > task.slices ? parts : task.slices));
   LaunchShape shape;
   const int32_t all_parts = task.first_part[task.slices];
-  shape.grid = dim3(all_parts, 1, narrow_grid_jobs(p, job_rows, kBlocksPerSm * device.sms, all_parts));
-  shape.threads = kThreads;
+  shape.grid = dim3(all_parts, 1, narrow_grid_jobs(p, job_rows, narrow_blocks_per_sm(moe) * device.sms, all_parts));
+  shape.threads = narrow_warps(moe) * 32;
   shape.smem_bytes = job_rows * narrow_v_pitch(task.rank_cap) * 2;
   shape.overlap = true;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (job_rows == 16) {
-      return wide ? launch<&expand_narrow<T, true, 16>>(device, shape, params, stream)
-                  : launch<&expand_narrow<T, false, 16>>(device, shape, params, stream);
+    if (moe) {
+      return wide ? launch<&expand_narrow<T, true, 8, true>>(device, shape, params, stream)
+                  : launch<&expand_narrow<T, false, 8, true>>(device, shape, params, stream);
     }
-    return wide ? launch<&expand_narrow<T, true, 8>>(device, shape, params, stream)
-                : launch<&expand_narrow<T, false, 8>>(device, shape, params, stream);
+    if (job_rows == 16) {
+      return wide ? launch<&expand_narrow<T, true, 16, false>>(device, shape, params, stream)
+                  : launch<&expand_narrow<T, false, 16, false>>(device, shape, params, stream);
+    }
+    return wide ? launch<&expand_narrow<T, true, 8, false>>(device, shape, params, stream)
+                : launch<&expand_narrow<T, false, 8, false>>(device, shape, params, stream);
   });
 }
 

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarpsPerSm / kWarps)
     b_offset = entry.b_offset;
     scale = entry.scale;
     shrink.set_rows(task, job, rows);
-    quads_a_row = (rank + kRankTile - 1) / kRankTile * (kRankTile / 4);
+    quads_a_row = rank_tiles_of(rank) * (kRankTile / 4);
     quads = rows * quads_a_row;
     quads_inverse = rank > 0 ? 0xffffffffu / static_cast<uint32_t>(quads_a_row) + 1 : 0;
   };

@@ -13,6 +13,11 @@
 
 namespace polylora::cuda {
 
+/// Warps of a block of the two launches, and how many blocks an SM shall have room for. Pairs of MoE: beside a GEMM of
+/// experts, whose many small blocks leave 14 thousand registers of an SM (H200, SGLang's, 10 of 128 threads).
+__host__ __device__ constexpr int narrow_warps(bool moe) { return moe ? 4 : 8; }
+__host__ __device__ constexpr int narrow_blocks_per_sm(bool moe) { return moe ? 5 : 2; }
+
 inline constexpr int kUnitK = 32;  // elements of K that a quad of lanes loads at once
 
 /// Pitch of v in shared memory, in elements: the rows that a warp touches together lie in different banks.
@@ -91,6 +96,11 @@ struct NarrowJob {
   }
 };
 
+/// Whether the plan has a row map: it was made for another call then.
+__device__ __forceinline__ bool has_row_map(const LinearTask& task) {
+  return ptx::load_fresh4(task.header + kPlanPairs) != 0;
+}
+
 // Ranks r..r+3 of a row of B, zeros beyond the true rank, which are not read. Out of line: for what is unaligned, or a
 // rank that is no multiple of 4.
 template <typename T>
@@ -148,11 +158,14 @@ struct NarrowShrink {
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.f;
   }
+  template <bool kMoe = false>
   __device__ __forceinline__ void set_rows(const LinearTask& task, const NarrowJob<kRows>& job, int rows) {
     eights = kEights == 1 || rows <= 8 ? 1 : 2;
 #pragma unroll
     for (int i = 0; i < kEights; ++i) {
-      const int row = job.row(task, static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i);
+      int row = job.row(task, static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i);
+      if (kMoe && task.x_div > 1)
+        row = static_cast<int>(static_cast<uint32_t>(row) / static_cast<uint32_t>(task.x_div));
       x[i] = static_cast<const T*>(task.x) + int64_t{row} * task.x_stride + threadIdx.x % 4 * 8;
     }
   }
@@ -492,7 +505,7 @@ inline unsigned narrow_grid_jobs(const LoraParams& p, int job_rows, int64_t bloc
 inline int narrow_job_rows(const LoraParams& p) {
   constexpr int64_t kLeastRows = 16;
   const bool may_be_long = p.rows >= kLeastRows && even_rank(p) < kWideRanks;
-  return p.plan.runs == Runs::kAll && (may_be_long || p.rows > p.slices.groups * 8) ? 16 : 8;
+  return !is_moe(p) && p.plan.runs == Runs::kAll && (may_be_long || p.rows > p.slices.groups * 8) ? 16 : 8;
 }
 
 /// Bytes of A and B that these read, with an even share of v for each slice.
@@ -505,13 +518,13 @@ inline int64_t decode_weight_bytes(const LoraParams& p) {
 /// less there is to read. A GEMM of few rows leaves some SMs free, has all registers of the others, and ends when its
 /// slowest block does. H200, 8 adapters r16, added to a chain of GEMMs by 33, 66, 132 and 264 blocks, us: 8 rows of
 /// o 2.81, 2.76, 2.81, 2.77, of down 5.67, 3.13, 4.52, 4.47, of gate_up 13.1, 8.1, 7.2, 6.8; 32 rows of
-/// qkv 6.8, 3.6, 4.6, 4.5.
+/// qkv 6.8, 3.6, 4.6, 4.5. Of MoE twice as many, half as large.
 inline int64_t narrow_blocks(const LoraParams& p, int sms, bool beside) {
-  constexpr int64_t kBytesBeside = 64 * 1024;
-  const int64_t most = 2 * sms;
+  const int64_t bytes_a_block = is_moe(p) ? 32 * 1024 : 64 * 1024;
+  const int64_t most = is_moe(p) ? 4 * sms : 2 * sms;
   if (!beside) return most;
-  const int64_t least = sms / 4;
-  const int64_t wanted = decode_weight_bytes(p) / kBytesBeside;
+  const int64_t least = most / 8;
+  const int64_t wanted = decode_weight_bytes(p) / bytes_a_block;
   return wanted < least ? least : min64(wanted, most);
 }
 

@@ -12,6 +12,10 @@ inline constexpr int kUnitN = 64;     // outputs of a unit, in which those of wi
 inline constexpr int kRankTile = 16;  // ranks of two mma
 inline constexpr int kChunkK = 64;    // elements of K in a stage: 128 bytes a row
 
+/// Rank tiles that hold so many ranks, and the ranks that those hold.
+__host__ __device__ constexpr int rank_tiles_of(int ranks) { return (ranks + kRankTile - 1) / kRankTile; }
+__host__ __device__ constexpr int whole_rank_tiles(int ranks) { return rank_tiles_of(ranks) * kRankTile; }
+
 // The call, as small as it can be: a block's first reads of its parameters miss every cache.
 struct LinearSlice {
   const void* a;
@@ -57,6 +61,8 @@ struct LinearTask {
   bool follows_own;  // the kernel before is our own of the same call: of what this one reads, only v may still change
   bool holds_next;   // the next kernel is such a one: it starts when all that came before this one is done
   LinearSlice slice[kMaxSlices];
+  const float* row_weight;  // pairs of MoE: multiplies a row's delta; or null
+  int32_t x_div;            // pairs of MoE: row p reads x row p / x_div; or 0: row p
 
   /// The slice of a unit.
   __device__ __forceinline__ int slice_of(int unit) const {
@@ -124,6 +130,8 @@ inline LinearTask linear_task(const LoraParams& p) {
   task.groups = p.plan.groups;
   task.slices = p.slices.count;
   task.v_width = p.v_width;
+  task.row_weight = p.row_weight;
+  task.x_div = p.x_div;
   for (int s = 0; s < p.slices.count; ++s) {
     LinearSlice& slice = task.slice[s];
     slice.a = p.slices.a[s];

@@ -115,11 +115,6 @@ __device__ __forceinline__ float4 add_planes(const LinearTask& task, const float
   return sum;
 }
 
-/// The same from a position's column on.
-__device__ __forceinline__ float4 add_planes(const LinearTask& task, int64_t pos, int column) {
-  return add_planes(task, task.plane + pos * task.plane_width + column);
-}
-
 // ---- host
 
 inline TokenSource token_source(const EmbeddingParams& e) {

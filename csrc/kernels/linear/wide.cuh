@@ -133,7 +133,7 @@ class WideJob {
     const int shares_with = __ffs(same) - 1;
     const bool own = rank > 0 && shares_with == lane;
     // rank tiles, and blocks of 32 ranks in the upper half of the word: a slice's own, then those up to it
-    const int own_counts = own ? (rank + kRankTile - 1) / kRankTile | (rank + 31) / 32 << 16 : 0;
+    const int own_counts = own ? rank_tiles_of(rank) | (rank + 31) / 32 << 16 : 0;
     int counts = own_counts;
 #pragma unroll
     for (int step = 1; step < kMaxSlices; step *= 2) {
@@ -284,7 +284,7 @@ __device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const Wi
     const RankTile tile = item.rank_tile[column / kRankTile];
     const int rank = item.rank[tile.slice];
     const int r = tile.first_rank + column % kRankTile;
-    const float4 sum = add_planes(task, item.pos + row, column);
+    const float4 sum = add_planes(task, task.plane + int64_t{item.pos + row} * task.plane_width + column);
     float* to = task.v + int64_t{item.row[row]} * task.v_stride + item.entry[tile.slice].v_col + r;
     if (r < rank) to[0] = sum.x;
     if (r + 1 < rank) to[1] = sum.y;

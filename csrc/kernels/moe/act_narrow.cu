@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
 
   ptx::launch_next_grid();
   const int32_t active = ptx::load_fresh4(task.header + kPlanActiveRows);
-  const int32_t pairs = ptx::load_fresh4(task.header + kPlanPairs);  // none: else the plan was made for another call
+  const bool other_call = has_row_map(task);
   bool waited = false;
   int jobs = 0;
   int index = blockIdx.y;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
   while (true) {
     NarrowJob<kRows> job;
     job.read(task, index, 0);
-    jobs = pairs == 0 ? job.jobs : 0;
+    jobs = other_call ? 0 : job.jobs;
     if (kSharesJobs && is_first) {
       is_first = false;
       const Sharing sharing = share_jobs(jobs, index, static_cast<int>(gridDim.y), all.end - all.begin, kWarps);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
         const int v_row = thread / kLanesOfV % kTileRows;
         const int v_lane = thread % kLanesOfV;
         const int v_rank = v_slice == 0 ? rank[0] : rank[1];
-        const int end_of_v = v_row < rows ? (v_rank + kRankTile - 1) / kRankTile * kRankTile : 0;
+        const int end_of_v = v_row < rows ? whole_rank_tiles(v_rank) : 0;
         const int plane_row = min(job.plane_row(task, index) + v_row, task.plane_rows - 1);
         const int from = plane_row * task.plane_width + v_slice * task.rank_cap;
         const int to = (v_slice * kRows + v_row) * pitch;

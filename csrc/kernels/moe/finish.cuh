@@ -94,8 +94,7 @@ __device__ __forceinline__ void make_v(const ExpandTask& task, const StreamItem&
         given ? task.v + item.x_row[row] * task.v_stride + item.v_col[s]
               : stream.plane + int64_t{item.row[row]} * stream.plane_width + item.first_rank_tile[s] * kRankTile;
 #pragma unroll 2
-    for (int r = static_cast<int>(threadIdx.x) % kThreadsARow * 4; r < (rank + kRankTile - 1) / kRankTile * kRankTile;
-         r += kThreadsARow * 4) {
+    for (int r = static_cast<int>(threadIdx.x) % kThreadsARow * 4; r < whole_rank_tiles(rank); r += kThreadsARow * 4) {
       float4 sum{0.f, 0.f, 0.f, 0.f};
       if (given) {  // in any column, and nothing beyond the rank is there
         if (r < rank) sum.x = from[r];

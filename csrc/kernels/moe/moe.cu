@@ -33,6 +33,13 @@ bool is_decode_of_mlp(const GateUpActParams& g) {
   return act_narrow_serves(g) && g.lora.rows <= kMostDecodeRows && !batch_invariant();
 }
 
+// Whether deltas are made by linear's kernels for few rows. H200, us added to a layer beside SGLang's GEMMs, so and by
+// streams: qwen35-397b r16, 10 pairs a token, M1 1.5 and 9.0, M2 3.0 and 11.9, M4 13.7 and 2.9, M8 15.9 and 10.4;
+// qwen35-35b r16, 8 a token, M1 1.3 and 2.7, M2 1.4 and 5.4, M4 7.0 and 7.5, M8 10.7 and 14.2; nemotron3-super r16, 22
+// a token, M1 -1.1 and 1.6, M2 7.5 and 2.3, M4 8.2 and 4.1, r64 M1 0.3 and 5.1, M2 15.9 and 10.7.
+constexpr int64_t kFewPairs = 32;
+bool has_few_pairs(const LoraParams& p) { return p.rows <= kFewPairs && few_deltas_serve(p) && !batch_invariant(); }
+
 // Zeros in the first `width` bytes of each row. cudaMemset2D takes no pitch of 2 GiB and more; of such rows there are
 // few.
 cudaError_t zero_rows(void* to, int64_t pitch, int64_t width, int64_t rows, cudaStream_t stream) {
@@ -111,7 +118,8 @@ cudaError_t moe_delta_scratch(const LoraParams& p, int64_t& bytes) {
   Path path;
   const cudaError_t error = choose_moe(moe_stream_serves(p), path);
   bytes = p.v_of_x ? 0 : v_bytes(p);
-  return error == cudaSuccess && path == Path::kMma ? moe_deltas_scratch(p, bytes) : error;
+  if (error != cudaSuccess || path != Path::kMma) return error;
+  return (has_few_pairs(p) ? few_deltas_scratch : moe_deltas_scratch)(p, bytes);
 }
 
 cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
@@ -119,7 +127,7 @@ cudaError_t moe_delta(const LoraParams& p, cudaStream_t stream) {
   Path path;
   cudaError_t error = choose_moe(moe_stream_serves(p), path);
   if (error != cudaSuccess) return error;
-  if (path == Path::kMma) return moe_delta_path(p, stream);
+  if (path == Path::kMma) return (has_few_pairs(p) ? few_deltas_path : moe_delta_path)(p, stream);
   const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t width = sum_of_widths(p.slices);
   if (width == 0) return cudaSuccess;

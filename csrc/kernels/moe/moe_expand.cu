@@ -118,7 +118,7 @@ class ExpandLoads {
       for (int i = 0; i < kCopies; ++i) ptx::copy_async16(to + b_at_[i], from + i * step, 16);
       return;
     }
-    if (lane_rank() >= (left + kRankTile - 1) / kRankTile * kRankTile) return;
+    if (lane_rank() >= whole_rank_tiles(left)) return;
     const T* safe = static_cast<const T*>(task_.stream.slice[s].b);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {

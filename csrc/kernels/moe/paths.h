@@ -7,9 +7,6 @@
 
 namespace polylora::cuda {
 
-/// Whether a call of linear is a half of an MoE layer: rows of x that pairs share, or a weight a pair.
-inline bool is_moe(const LoraParams& p) { return p.x_div != 0 || p.row_weight != nullptr || p.row_map != nullptr; }
-
 /// Streams of weights (8.0 and later): 16-bit, aligned, up to two slices of one width.
 bool moe_stream_serves(const LoraParams& p);
 
@@ -30,6 +27,10 @@ cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream);
 /// The deltas alone: p.y is [rows, sum of widths].
 cudaError_t moe_deltas_scratch(const LoraParams& p, int64_t& bytes);
 cudaError_t moe_delta_path(const LoraParams& p, cudaStream_t stream);
+/// The same of few pairs, by linear's kernels for few rows.
+bool few_deltas_serve(const LoraParams& p);
+cudaError_t few_deltas_scratch(const LoraParams& p, int64_t& bytes);
+cudaError_t few_deltas_path(const LoraParams& p, cudaStream_t stream);
 
 /// Bytes of deltas up to which kernels ask for them before they know whether a row has any. Tests set it lower.
 #ifndef POLYLORA_SHORT_DELTAS

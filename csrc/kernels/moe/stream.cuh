@@ -56,7 +56,7 @@ struct StreamTile {
   int32_t rank_tiles, rows;
 
   /// How many of the rank tiles are of the first slice; they come first.
-  __device__ __forceinline__ int tiles_of_first() const { return (rank[0] + kRankTile - 1) / kRankTile; }
+  __device__ __forceinline__ int tiles_of_first() const { return rank_tiles_of(rank[0]); }
 };
 
 /// A unit's tile, in shared memory.
@@ -112,8 +112,8 @@ __device__ __forceinline__ void set_ranks(const StreamTask& task, const SliceEnt
   const int rank1 = task.slices > 1 ? second.rank : 0;
   const bool shared = rank0 > 0 && rank1 == rank0 && first.a_row == second.a_row && first.v_col == second.v_col &&
                       task.slice[0].a == task.slice[1].a && task.slice[0].a_stride == task.slice[1].a_stride;
-  const int tiles = (rank0 + kRankTile - 1) / kRankTile;
-  const int rank_tiles = tiles + (shared ? 0 : (rank1 + kRankTile - 1) / kRankTile);
+  const int tiles = rank_tiles_of(rank0);
+  const int rank_tiles = tiles + (shared ? 0 : rank_tiles_of(rank1));
   const bool room =
       rank_tiles * kRankTile <= task.plane_width;  // else a table claims more ranks than v has columns for
   item.rank_tiles = room ? rank_tiles : 0;
