@@ -112,14 +112,15 @@ class PassPlans:
             made: what this pass has made so far; empty where one begins.
         """
         where = self._where()
-        if where not in self._memory:
-            with torch.inference_mode(False):  # passes may come in either mode
-                words = plan_size(self._slots.numel(), self._groups)
-                self._memory[where] = torch.empty(words, dtype=torch.int32, device=self._slots.device)
-        plan = self._memory[where][: plan_size(rows, self._groups)]
-        if made.get((id(self), where)) != rows:
+        made_rows, plan = made.get((id(self), where), (None, None))
+        if made_rows != rows:
+            if where not in self._memory:
+                with torch.inference_mode(False):  # passes may come in either mode
+                    words = plan_size(self._slots.numel(), self._groups)
+                    self._memory[where] = torch.empty(words, dtype=torch.int32, device=self._slots.device)
+            plan = self._memory[where][: plan_size(rows, self._groups)]
             torch.ops.polylora.plan(plan, self._slots[:rows], self._groups)
-            made[id(self), where] = rows
+            made[id(self), where] = rows, plan
         return plan
 
     def _where(self) -> tuple[int, bool]:

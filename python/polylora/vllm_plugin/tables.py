@@ -27,7 +27,7 @@ _SERVED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _said: set[str] = set()
 # Of a layer; private names stay with the layer where vLLM forwards others to its base.
 TABLE = "_polylora_table"
-FUSED = "_polylora_activation"  # the number of the activation (polylora.ops.ACTIVATIONS) whose output the layer gives
+FUSED = "_polylora_activation"  # the number of the activation (polylora.ops.ACTIVATIONS) whose output it gives, or None
 
 # By the address of the first slice. A layer's table lives as long as the layer; a table holds its tensors, so that
 # no other tensor can have the address while it is here.
@@ -88,7 +88,7 @@ def go_through(wrapper: type) -> None:
     def _apply_sync(self, x, bias=None):
         if isinstance(self.punica_wrapper, wrapper) and getattr(self, TABLE, None) is not None:
             self.punica_wrapper.before_base(x, self.lora_a_stacked)
-            if getattr(self, FUSED, None) is not None:
+            if getattr(self, FUSED) is not None:
                 return self.punica_wrapper.apply_fused(self, x, bias)
         return original(self, x, bias)
 
@@ -115,6 +115,7 @@ def adopt(layer: nn.Module) -> None:
         table = _table_of(layer, a, b)
     _announce(table)
     setattr(layer, TABLE, table)
+    setattr(layer, FUSED, None)  # asked for at every call, and a module looks long for what it has not
     _follow_slots(layer, table)
 
 

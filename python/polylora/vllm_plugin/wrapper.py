@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping, MergedColumnParallelLinearWithLoRA
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from polylora.vllm_plugin import experts
+from polylora.vllm_plugin import experts, ops
 from polylora.vllm_plugin.activation import follow_models
 from polylora.vllm_plugin.beside import run_beside
-from polylora.vllm_plugin.ops import BESIDE_ROWS  # and torch.ops.polylora_vllm
 from polylora.vllm_plugin.side import follow_batch_invariance
 from polylora.vllm_plugin.step import StepRows, slots_of
 from polylora.vllm_plugin.tables import FUSED, adopt, follow_layers, go_through, refusal_of_slots, say_once
@@ -79,13 +78,13 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
 
     def before_base(self, x: Tensor, lora_a_stacked: tuple[Tensor, ...]) -> None:
         """Before the base's GEMM of ``x``, whose result goes to :meth:`add_lora_linear`."""
-        if not torch.compiler.is_compiling() and x.numel() > BESIDE_ROWS * x.shape[-1]:
+        if not torch.compiler.is_compiling() and x.numel() > ops.BESIDE_ROWS * x.shape[-1]:
             return  # the op would find out by itself, and a prompt without a graph waits for the host
         rows_follow_each_other = x.dim() == 2 or x.is_contiguous()  # else the layer copies them for itself
         if x.dtype == lora_a_stacked[0].dtype and rows_follow_each_other:
             step = self._tokens
             x = x.view(-1, x.shape[-1])
-            torch.ops.polylora_vllm.before_base(step.turn, x, list(lora_a_stacked), step.rows, step.no_lora)
+            _calls().before_base(step.turn, x, list(lora_a_stacked), step.rows, step.no_lora)
 
     def add_lora_linear(
         self,
@@ -134,7 +133,7 @@ class PolyloraPunicaWrapper(PunicaWrapperGPU):
             return layer._apply_lora_to_output(x, y)
         step, act = self._tokens, getattr(layer, FUSED)
         rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        h = torch.ops.polylora_vllm.gate_up_act(*rows, list(a), list(b), step.rows, step.no_lora, step.turn, act)
+        h = _calls().gate_up_act(*rows, list(a), list(b), step.rows, step.no_lora, step.turn, act)
         return h.view(*y.shape[:-1], h.shape[-1])
 
     def add_lora_logits(
@@ -327,7 +326,16 @@ def _adopt(layer: nn.Module) -> None:
         adopt(layer)
 
 
+def _calls():
+    """Where the ops of a layer are called.
+
+    A prompt without a graph waits for the host, so its layers call the functions themselves: on a CPU a linear takes 25
+    us so, of which polylora's op has 13, and 33 through the dispatcher.
+    """
+    return torch.ops.polylora_vllm if torch.compiler.is_compiling() else ops
+
+
 def _linear(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...], step: StepRows) -> None:
     """``y += (x A^T) B^T`` on the rows of a step."""
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    torch.ops.polylora_vllm.linear(y, x, list(a), list(b), step.rows, step.no_lora, step.turn)
+    _calls().linear(y, x, list(a), list(b), step.rows, step.no_lora, step.turn)
