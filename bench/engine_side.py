@@ -172,7 +172,7 @@ def settings(spec: dict) -> dict[str, Any]:
         found["gdn_prefill_backend"] = "triton"
     if spec["side"] != "base":
         room = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= max(spec["ranks"]))
-        slots = max(1, len(spec["adapters"]))
+        slots = spec["slots"]
         found |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": room}
     return found | spec["engine"]
 

@@ -53,6 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="of each batch, after one more (default 5)")
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES), help=",".join(SIDES))
     parser.add_argument("--compare", action="store_true", help="instead: do both kernels decode alike?")
+    parser.add_argument("--slots", type=int, help="of adapters in the engine (default: as many as --adapters); with "
+                        "--compare fewer: adapters come and go while it serves")  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probabilities, with --compare")
     parser.add_argument("--compile", action="store_true", help="vLLM's own choice of torch.compile and graphs, instead "
                         "of graphs of whole decode steps and no compilation")  # fmt: skip
@@ -66,6 +68,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--engine must be KEY=JSON: {error}")
     if arguments.output < 16 or arguments.repeat < 1 or min(arguments.batch + arguments.prompt + arguments.ranks) < 1:
         parser.error("--output must be at least 16; --repeat, --batch, --prompt and --ranks at least 1")
+    most = max(arguments.adapters)
+    if arguments.slots is not None and arguments.slots < (1 if arguments.compare else max(1, most)):
+        parser.error(f"--slots must be at least 1, without --compare at least {most}, the adapters of a batch")
     if max(arguments.ranks) > 512 or not set(arguments.sides) <= set(SIDES):
         parser.error(f"--ranks must be at most 512, --sides of {', '.join(SIDES)}")
     if arguments.model not in engine_models.PRESETS and not Path(arguments.model, "config.json").is_file():
@@ -135,7 +140,8 @@ def measure(arguments: argparse.Namespace, work: Path, sink: report.Sink, run: C
         spec = {
             "side": side, "model": str(model), "adapters": [str(path) for path in adapters], "ranks": arguments.ranks,
             "weights": arguments.weights, "compile": arguments.compile, "engine": arguments.engine,
-            "batches": arguments.batch, "length": arguments.prompt[-1] + arguments.output + 8, "compare": shape,
+            "slots": arguments.slots or max(1, need), "batches": arguments.batch,
+            "length": arguments.prompt[-1] + arguments.output + 8, "compare": shape,
             "repeat": arguments.repeat, "cells": [] if shape else cells(arguments, side),
         }  # fmt: skip
         found, code = run(spec, work)

@@ -210,7 +210,7 @@ def test_presets_have_published_dims_and_adapters_for_them(preset, tmp_path):
 
 def test_settings_keep_off_the_network_and_follow_the_model(small, tmp_path):
     spec = {"side": "base", "model": str(small), "weights": "dummy", "batches": [1, 8], "length": 300, "ranks": [8, 24],
-            "adapters": ["x", "y"], "compile": False, "engine": {"moe_backend": "triton"}}  # fmt: skip
+            "adapters": ["x", "y"], "slots": 2, "compile": False, "engine": {"moe_backend": "triton"}}  # fmt: skip
     base = engine_side.settings(spec)
     assert base["skip_tokenizer_init"] and not base["enable_prefix_caching"] and "enable_lora" not in base
     assert base["moe_backend"] == "triton" and "gdn_prefill_backend" not in base
@@ -329,9 +329,28 @@ def test_comparing(small, capsys):
 
 
 @pytest.mark.parametrize(
+    "more, adapters, slots",
+    [([], 2, 2), (["--slots", "5"], 2, 5), (["--compare", "--adapters", "3", "--slots", "1"], 3, 1)],
+    ids=["one each", "more", "adapters come and go"],
+)
+def test_slots(small, more, adapters, slots):
+    specs = []
+
+    def run(spec, work):
+        specs.append(spec)
+        return made_up()(spec, work)
+
+    assert engine_vllm.main(arguments(small, *more), run) == DONE
+    found = [engine_side.settings(s) for s in specs if s["side"] != "base"]
+    assert len(found) == 2 and all(len(s["adapters"]) == adapters for s in specs)
+    assert {(s["max_loras"], s["max_cpu_loras"]) for s in found} == {(slots, slots)}
+
+
+@pytest.mark.parametrize(
     "wrong",
     [["--output", "2"], ["--engine", "x"], ["--sides", "tgi"], ["--ranks", "1024"], ["--model", "/nowhere"],
-     ["--plot", "x.pdf"], ["--json", "/nowhere/x"], ["--batch", "0"]],
+     ["--plot", "x.pdf"], ["--json", "/nowhere/x"], ["--batch", "0"], ["--compare", "--slots", "0"],
+     ["--adapters", "1,8", "--slots", "7"]],
 )  # fmt: skip
 def test_bad_usage(wrong):
     with pytest.raises(SystemExit) as stop:

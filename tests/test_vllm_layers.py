@@ -178,6 +178,54 @@ def test_absent_slices(name, half):
     assert layer._polylora_table.words()[1, :, 1].tolist() == [0 if s == 1 else 8 for s in range(len(widths))]
 
 
+# Of two ranks: K and the slices' widths of one, and what else the base has. "replicas": both have the head of k and v.
+RANKS = {
+    "row": ("row", K // 2, [24], {"input_size": K}),
+    "column": ("column", K, [19], {}),
+    "gate_up": ("gate_up", K, [20, 20], {"output_sizes": [40, 40]}),
+    "variable": ("variable", K, [4, 12, 8, 16], {"output_sizes": [8, 24, 16, 32]}),
+    "qkv": ("qkv", K, [32, 8, 8], {"num_heads": 4, "num_kv_heads": 1, "total_num_heads": 8, "total_num_kv_heads": 2}),
+    "replicas": (
+        "qkv", K, [32, 8, 8],
+        {"num_heads": 4, "num_kv_heads": 1, "total_num_heads": 8, "total_num_kv_heads": 1, "num_kv_head_replicas": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_each_of_two_tensor_parallel_ranks_takes_its_part(name, half):
+    """vLLM cuts an adapter for the rank; tables and ranks are of the part."""
+    kind, k, widths, more = RANKS[name]
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    whole = [w * (1 if kind == "row" or (name == "replicas" and s > 0) else 2) for s, w in enumerate(widths)]
+    adapters = {1: adapter(whole, 8, half), 2: adapter(whole, 5, half)}
+    base_kind, with_lora, _ = LINEARS[kind]
+    ids = [1, 0, 2, 1]
+    step_of_ids(wrapper, ids, [2, None, 1, None])
+    x = torch.randn(4, K).to(half)
+    for rank in range(2):
+        values = {"num_kv_head_replicas": 1, **HEADS, **more, "tp_size": 2, "tp_rank": rank}
+        layer = getattr(vllm_layers, with_lora)(vllm_source.base_linear(base_kind, k, widths, half, **values))
+        layer.create_lora_weights(SLOTS, config)
+        layer.set_mapping(wrapper)
+        put(layer, 2, adapters[1])
+        put(layer, 0, adapters[2])
+        part = slice(rank * k, (rank + 1) * k) if kind == "row" else slice(None)
+        mine = x[:, part].contiguous()
+        of_rank = {
+            i: (
+                [t[:, part] for t in a],
+                [t if len(t) == w else t.chunk(2)[rank] for t, w in zip(b, widths, strict=True)],
+            )
+            for i, (a, b) in adapters.items()
+        }
+        base = layer.base_layer.quant_method.apply(layer.base_layer, mine)
+        check(layer.apply(mine), base, mine, ids, of_rank, widths)
+        assert layer._polylora_table.words()[[0, 2], :, 1].tolist() == [[5] * len(widths), [8] * len(widths)]
+    assert not vllm_source.calls
+
+
 def test_one_adapter_over_several_slices(half):
     """Two weights for four slices (in_proj_qkv and in_proj_z), and one for all."""
     config = lora_config(half)
@@ -316,6 +364,24 @@ def test_logits_go_by_prompts(half):
     assert not vllm_source.calls
 
 
+def test_drafts_have_logits_of_their_own(half):
+    """Speculative decoding: several rows of logits a sequence, more than the largest step has sequences."""
+    config = lora_config(half)
+    wrapper = make_wrapper(config)
+    layer = make_logits(config, wrapper, half, half)
+    adapters = {1: adapter([VOCAB], 8, half), 2: adapter([VOCAB], 3, half)}
+    put(layer, 0, adapters[1])
+    put(layer, 1, adapters[2])
+    prompts = [i for i in (1, 2, 0) * 5 for _ in range(4)]  # 15 sequences, three drafts and a token each
+    step_of_ids(wrapper, prompts, [1, 2, None, None], prompts=prompts)
+    x = torch.randn(len(prompts), K).to(half)
+    base = layer.base_layer._apply_head(None, x, None)
+    check(layer._get_logits(x, object()), base, x, prompts, adapters, [VOCAB], beside=False)
+    step_of_ids(wrapper, [1, 2], [1, 2, None, None], prompts=[1, 2])  # none was accepted: nothing is left of them
+    check(layer._get_logits(x, object()), base, x, [1, 2], adapters, [VOCAB], beside=False)
+    assert not vllm_source.calls
+
+
 # ------------------------------------------------------------------------------------------------- shrink and expand
 
 
@@ -412,6 +478,20 @@ def test_ranks_above_ours(caplog):
         "polylora: RowParallelLinearWithLoRA keeps vLLM's kernels: slots of rank 320 (the most is 256)."
     ]
     put(layer, 0, adapter([24], 300, torch.bfloat16))
+    step_of_ids(wrapper, [1], [1, None, None, None])
+    layer(torch.randn(1, K).to(torch.bfloat16))
+    assert vllm_source.calls == ["lora_shrink", "lora_expand"]
+
+
+def test_fp8_slots(caplog):
+    """vLLM has kernels for such that none of its layers calls."""
+    config = lora_config(torch.float8_e4m3fn)
+    wrapper = make_wrapper(config)
+    layer = make_linear("qkv", torch.bfloat16, wrapper, config)
+    assert said(caplog) == [
+        "polylora: MergedQKVParallelLinearWithLoRA keeps vLLM's kernels: LoRA weights of torch.float8_e4m3fn."
+    ]
+    put(layer, 0, adapter(LINEARS["qkv"][2], 8, torch.bfloat16))
     step_of_ids(wrapper, [1], [1, None, None, None])
     layer(torch.randn(1, K).to(torch.bfloat16))
     assert vllm_source.calls == ["lora_shrink", "lora_expand"]

@@ -65,7 +65,12 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, int32
   std::fill(std::begin(set.b_elements), std::end(set.b_elements), -1);
   if (args.a) {
     check_list(check, "a", *args.a, count);
-    for (const Tensor& t : *args.a) check.matrix("a", t, kAny, k, dtype);
+    for (const Tensor& t : *args.a) {
+      check.matrix("a", t, kAny, kAny, dtype);
+      if (k != kAny && t.size(1) != k) {  // either of the two may be the wrong one
+        check.fail("a", "of " + std::to_string(k) + " columns, which the input has", describe(t));
+      }
+    }
     for (int64_t s = 0; s < count; ++s) {
       const Tensor& t = of_slice(*args.a, s);
       set.a[s] = t.data_ptr();
