@@ -151,14 +151,15 @@ def test_a_graph_of_many_layers_on_one_plan(device, path):
             case.check()
 
 
+@pytest.mark.parametrize("tokens", [24, 7])
 @pytest.mark.parametrize("row_map", [False, True], ids=["pair_order", "row_map"])
-def test_moe_layer_in_a_graph_replays_for_any_routing(device, dtype, path, row_map):
+def test_moe_layer_in_a_graph_replays_for_any_routing(device, dtype, path, row_map, tokens):
     routings = []
     for seed in range(6):
         slot_ids = ["one", "mixed", "base_and_one", "none", "mixed", "segments"][seed]
-        case = make_moe_case("cuda", dtype, tokens=24, top_k=4, experts=8, slot_ids=slot_ids, seed=seed)
+        case = make_moe_case("cuda", dtype, tokens=tokens, top_k=4, experts=8, slot_ids=slot_ids, seed=seed)
         if row_map:  # a map of fixed capacity
-            pairs = 24 * 4
+            pairs = tokens * 4
             positions = torch.full((pairs + 40,), -1, dtype=torch.int32)
             positions[torch.randperm(pairs + 40, generator=case.gen)[:pairs]] = torch.arange(pairs).int()
             case.row_map = positions.cuda()

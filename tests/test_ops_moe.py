@@ -558,9 +558,30 @@ def test_long_runs_of_one_expert(device, dtype, path, tokens):
     run_reduce(case, make_moe_half(case, down=True, weighted=False, **shape), y2_weighted=False)
 
 
+@pytest.mark.trap(15, 29)
+@GATED
+@pytest.mark.parametrize("ranks", [(16, 5), (64, 1), (8, 128)], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"tokens": 1}, {"tokens": 8}, {"slots": 2, "experts": 2, "no_expert": 0.0}, {"slots": 1, "experts": 1},
+     {"expert_map": True, "no_expert": 0.3}, {"invalid": True}, {"slot_ids": "base_and_one"}, {"slot_ids": "none"}],
+    ids=["one token", "32 pairs", "each expert twice", "more than 16 rows of one", "experts elsewhere", "invalid ids",
+         "base rows", "no adapter"],
+)  # fmt: skip
+def test_up_to_32_pairs(device, dtype, path, more, ranks, gated, interleaved):
+    """On a GPU their deltas have kernels of their own."""
+    case = make_moe_case(device, dtype, **{"tokens": 7} | more)
+    assert case.positions <= 32
+    shape = {"k": 128, "width": 64, "ranks": ranks, "aligned": True}
+    run_act(case, make_moe_half(case, down=False, gated=gated, interleaved=interleaved, **shape), "silu")
+    run_reduce(case, make_moe_half(case, down=True, weighted=False, **shape), y2_weighted=False)
+
+
 @pytest.mark.trap(6)
 @ORDER
-@pytest.mark.parametrize("tokens, slots, experts, k", [(19, 3, 5, 80), (640, 35, 4, 72)], ids=["few", "long runs"])
+@pytest.mark.parametrize(
+    "tokens, slots, experts, k", [(19, 3, 5, 80), (7, 3, 5, 96), (640, 35, 4, 72)], ids=["few", "32 pairs", "long runs"]
+)
 @pytest.mark.parametrize("down", [False, True], ids=["gate_up", "down"])
 def test_inf_and_nan_of_a_row_stay_in_that_row(device, dtype, path, tokens, slots, experts, k, down, row_map):
     """All others keep their bits: what lies beyond K, a rank or a run is not multiplied, whatever was there before."""

@@ -175,6 +175,11 @@ class Problem {
     std::memset(deltas_->data(), 0xff, static_cast<size_t>(bytes));
     return deltas_->data();
   }
+  /// A plan that was made for another call has no rows, so none has a delta.
+  bool deltas_are_as_planned() const {
+    const auto as_before = [](unsigned char byte) { return byte == 0xff; };
+    return !shape_.other_plan || std::all_of(deltas_->data(), deltas_->data() + deltas_->size(), as_before);
+  }
 
   /// All inputs and outputs as another step left them, until the kernel waits for it.
   void spoil(uint64_t seed, bool stale) {
@@ -788,7 +793,6 @@ class Problem {
   std::unordered_map<int64_t, double> exact_v_;
 };
 
-/// moe_delta; sets where it left them.
 /// Of a call of moe_delta, without the deltas.
 LoraParams delta_params(const Problem& problem) {
   LoraParams p = problem.params();
@@ -797,6 +801,7 @@ LoraParams delta_params(const Problem& problem) {
   return p;
 }
 
+/// moe_delta; sets where it left them.
 cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
   LoraParams p = delta_params(problem);
   const int64_t width = sum_of_widths(p.slices);
@@ -819,7 +824,9 @@ cudaError_t make_deltas(Problem& problem, const void*& delta, int64_t& stride) {
   const cudaError_t error = (problem.few() ? cuda::few_deltas_scratch : cuda::moe_deltas_scratch)(p, bytes);
   p.scratch = problem.scratch(bytes);
   if (error != cudaSuccess || p.rows == 0) return error;
-  return (problem.few() ? cuda::few_deltas_path : cuda::moe_delta_path)(p, nullptr);
+  const cudaError_t done = (problem.few() ? cuda::few_deltas_path : cuda::moe_delta_path)(p, nullptr);
+  CHECK(problem.deltas_are_as_planned(), "%s: deltas by a plan of another call", running.c_str());
+  return done;
 }
 
 cudaError_t apart(Problem& problem) {

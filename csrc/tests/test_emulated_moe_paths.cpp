@@ -186,26 +186,50 @@ void few_rows_without_experts() {
   }
 }
 
-/// Up to which pairs deltas are made by linear's kernels for few rows: again the scratch tells.
+/// Which kernels make the deltas of few pairs: their launches tell, over a plan without rows, and the scratch.
 void deltas_of_few_pairs() {
+  constexpr int64_t kGroups = 96;
   const auto check = [](const std::string& what, bool few, auto&& change) {
     LoraParams p = without_groups();
     p.x_div = 10;
     p.rows = 30;
+    p.k = p.x_stride = 128;
     p.v_width = 48;
-    p.slices.groups = 4096;
+    p.slices.groups = kGroups;
     p.slices.count = 2;
     p.slices.width[1] = p.slices.col[1] = 64;
-    p.slices.a_stride[0] = p.slices.a_stride[1] = p.k;
     p.y_stride = 128;
     change(p);
-    p.plan.max_tiles = p.rows;
+    const int64_t pairs = p.row_map != nullptr ? p.rows : 0;
+    const auto zeros = [](int64_t bytes) { return emulator::GuardedBytes((bytes + 15) / 16 * 16, 0); };
+    const emulator::GuardedBytes plan = zeros(plan_layout(p.rows, kGroups, pairs).words * 4),
+                                 table = zeros(kGroups * 64);
+    const emulator::GuardedBytes x = zeros(p.rows * p.x_stride * 2), y = zeros(p.rows * p.y_stride * 2),
+                                 v = zeros(p.rows * p.v_width * 4);
+    p.plan = plan_view(reinterpret_cast<const int32_t*>(plan.data()), p.rows, kGroups, pairs);
+    p.slices.table = reinterpret_cast<const SliceEntry*>(table.data());
+    p.x = x.data();
+    p.y = y.data();
+    p.v = reinterpret_cast<float*>(v.data());
+    p.v_stride = p.v_width;
+    for (int s = 0; s < 2; ++s) {
+      p.slices.a[s] = p.slices.b[s] = x.data();
+      p.slices.a_stride[s] = p.k;
+    }
     int64_t asked = -1, narrow = -1, stream = -1;
     CHECK(cuda::moe_delta_scratch(p, asked) == cudaSuccess && cuda::few_deltas_scratch(p, narrow) == cudaSuccess &&
               cuda::moe_deltas_scratch(p, stream) == cudaSuccess && narrow != stream,
           "%s", what.c_str());
     CHECK(asked == (few ? narrow : stream), "%s: %lld bytes; of few pairs %lld, streams %lld", what.c_str(),
           (long long)asked, (long long)narrow, (long long)stream);
+    const emulator::GuardedBytes scratch(asked);
+    p.scratch = scratch.data();
+    cuda::launches.clear();
+    CHECK(cuda::moe_delta(p, nullptr) == cudaSuccess, "%s", what.c_str());
+    const std::vector<cuda::LaunchShape>& did = cuda::launches;
+    CHECK(did.size() == (p.v_of_x ? 1 : 2) && did.back().overlap, "%s: %zu launches", what.c_str(), did.size());
+    // shrink of few pairs alone waits for the plan: its blocks shall not stand before a GEMM's
+    if (!p.v_of_x) CHECK(did.front().overlap == !few, "%s: other kernels", what.c_str());
   };
   const float weight[33] = {};
   const int32_t map[33] = {};
@@ -216,8 +240,10 @@ void deltas_of_few_pairs() {
     p.x_div = 0;
     p.row_weight = weight;
   });
+  check("down without weights", false, [](LoraParams& p) { p.x_div = 0; });
+  check("v given", false, [](LoraParams& p) { p.v_of_x = true; });
   check("a row map", false, [&](LoraParams& p) { p.row_map = map; });
-  check("K that is no multiple of 32", false, [](LoraParams& p) { p.k = 72; });
+  check("K that is no multiple of 32", false, [](LoraParams& p) { p.k = p.x_stride = 72; });
   cuda::invariant = true;
   check("batch-invariant", false, [](LoraParams&) {});
   cuda::invariant = false;

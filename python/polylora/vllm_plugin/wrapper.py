@@ -330,7 +330,8 @@ def _calls():
     """Where the ops of a layer are called.
 
     A prompt without a graph waits for the host, so its layers call the functions themselves: on a CPU a linear takes 25
-    us so, of which polylora's op has 13, and 33 through the dispatcher.
+    us so, of which polylora's op has 13, and 33 through the dispatcher. Other tracers than Dynamo, which vLLM does not
+    use, would look into the functions.
     """
     return torch.ops.polylora_vllm if torch.compiler.is_compiling() else ops
 
