@@ -323,6 +323,36 @@ def test_polylora_is_right_on_torchs_base(case, seams):
     assert 0 < problem.check(MoePolylora(seams=seams).prepare(problem)) < 2e-2
 
 
+OUTER = [MoeCase.parse(f"{case.name} outer") for case in CASES[:3]]
+
+
+@pytest.mark.parametrize("case", OUTER, ids=lambda case: case.name)
+@pytest.mark.parametrize("seams", (*moe_peers.SEAMS, *moe_peers.OUTER_SEAMS))
+def test_experts_that_share_outer_halves(case, seams):
+    problem = problem_of(case)
+    assert problem.pools[0].up_a.size(1) == problem.pools[0].down_b.size(1) == 1
+    assert 0 < problem.check(MoePolylora(seams=seams).prepare(problem)) < 2e-2
+
+
+def test_shared_halves_count_once_an_adapter():
+    case = MoeCase.parse("qwen35-35b r16 M1 outer")
+    routing = next(iter(draw_routings(case)))
+    a, b, down_a, down_b = (16 * 2 * n for n in (2 * 2048, 2 * 512, 512, 2048))
+    assert routing.weight_bytes(case) == a + down_b + 8 * (b + down_a)
+    assert case.pool_bytes == SLOTS * (a + down_b + 256 * (b + down_a))
+    assert routing.weight_bytes(replace(case, outer=False)) == 8 * (a + b + down_a + down_b)
+
+
+def test_x_once_a_token_is_for_experts_that_share_a(sglang):
+    ours = MoePolylora(seams="tokens")
+    with pytest.raises(moe_peers.Unserved, match="wants all experts to share A of gate and up") as error:
+        ours.prepare(problem_of(CASES[0]))
+    assert ours.declines(error.value)
+    peer = MOE_PEERS["v2"](None)
+    with pytest.raises(moe_peers.Unserved, match="v2 has no adapters here whose experts share A or B"):
+        peer.prepare(problem_of(OUTER[0]))
+
+
 @pytest.mark.parametrize("seams", moe_peers.SEAMS)
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
 def test_polylora_is_right_on_a_base_that_weights_its_pairs(case, seams, sglang):
@@ -664,7 +694,7 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(argv, what, capsys)
 def test_seams_that_there_are_not_are_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["bench", "moe", "--seams", "between"])
-    assert caught.value.code == 2 and "must be of beside, fused, added, got 'between'" in capsys.readouterr().err
+    assert caught.value.code == 2 and "of beside, fused, added, tokens, got 'between'" in capsys.readouterr().err
 
 
 def test_the_command_offers_the_presets_and_peers_there_are(capsys):

@@ -39,7 +39,8 @@ def add_bench(commands: Any) -> None:
                      "Triton kernels or torch's (default triton where it can be imported)")  # fmt: skip
     moe.add_argument("--seams", type=_seams, default=["beside"], metavar="NAMES", help="where polylora's ops stand: "
                      "beside (deltas on a second stream beside the GEMMs), fused (all after them), added (into the "
-                     "base's buffers), or several (default beside)")  # fmt: skip
+                     "base's buffers), tokens (beside, of a case whose experts share A: 'CASE outer'), or several "
+                     "(default beside)")  # fmt: skip
     moe.set_defaults(run=_bench_moe)
 
     plot = commands.add_parser("plot", help="draw saved results; needs no GPU")
@@ -81,11 +82,11 @@ def _paths(text: str) -> list[str]:
 
 
 def _seams(text: str) -> list[str]:
-    from polylora.bench.moe_peers import SEAMS
+    from polylora.bench.moe_peers import OUTER_SEAMS, SEAMS
 
     names = _names(text)
-    if unknown := [name for name in names if name not in SEAMS]:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(SEAMS)}, got {unknown[0]!r}")
+    if unknown := [name for name in names if name not in SEAMS + OUTER_SEAMS]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(SEAMS + OUTER_SEAMS)}, got {unknown[0]!r}")
     return names
 
 

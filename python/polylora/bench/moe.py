@@ -155,6 +155,7 @@ class _MoeRun(Run):
             "interleaved": model.interleaved,
             "rank": case.rank,
             "rows": case.rows,
+            "outer": case.outer,
             "slots": SLOTS,
             "weights_mb": problem.weight_bytes / 1e6,
             "floor_us": case.floor_us(problem.weight_bytes),

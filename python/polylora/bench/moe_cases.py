@@ -3,7 +3,8 @@
 A case is written ``qwen35-35b r16 M16``: model, rank of all adapters, tokens. There are :data:`SLOTS` adapters; up to
 :data:`SEGMENTED_ROWS` tokens token i has adapter i mod 8, from there on there are four equal segments. Every token goes
 to ``top_k`` distinct experts, all equally likely. Instead of a model's name its shape will do:
-``moe:64x32,e8,k2,silu,gated r8 M5`` is hidden size 64, 32 wide experts, 8 of them, 2 a token.
+``moe:64x32,e8,k2,silu,gated r8 M5`` is hidden size 64, 32 wide experts, 8 of them, 2 a token. ``qwen35-35b r16 M16
+outer``: all experts share an adapter's outer halves, A of gate and up and B of down.
 """
 
 from __future__ import annotations
@@ -84,11 +85,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class MoeCase:
-    """``rows`` tokens through ``model`` with :data:`SLOTS` adapters of ``rank``."""
+    """``rows`` tokens through ``model`` with :data:`SLOTS` adapters of ``rank``, whose experts share A of gate and up
+    and B of down where ``outer`` is set."""
 
     model: Experts
     rank: int
     rows: int
+    outer: bool = False
 
     def __post_init__(self) -> None:
         model = self.model
@@ -107,14 +110,14 @@ class MoeCase:
     @classmethod
     def parse(cls, text: str) -> MoeCase:
         """A case from its name. Raises ValueError with what was expected."""
-        match = re.fullmatch(r"\s*(\S+)\s+r(\d+)\s+M(\d+)\s*", text)
+        match = re.fullmatch(r"\s*(\S+)\s+r(\d+)\s+M(\d+)(\s+outer)?\s*", text)
         if match is None:
-            raise ValueError(f"a case must look like 'qwen35-35b r16 M16', got {text!r}")
-        return cls(Experts.parse(match[1]), int(match[2]), int(match[3]))
+            raise ValueError(f"a case must look like 'qwen35-35b r16 M16' or 'qwen35-35b r16 M16 outer', got {text!r}")
+        return cls(Experts.parse(match[1]), int(match[2]), int(match[3]), bool(match[4]))
 
     @property
     def name(self) -> str:
-        return f"{self.model.name} r{self.rank} M{self.rows}"
+        return f"{self.model.name} r{self.rank} M{self.rows}{' outer' if self.outer else ''}"
 
     @property
     def module(self) -> Experts:
@@ -137,15 +140,20 @@ class MoeCase:
 
     @property
     def half_bytes(self) -> tuple[int, int]:
-        """A and B of one adapter in one expert: of gate and up, of down."""
-        model = self.model
-        up = self.rank * model.slices * (model.hidden + model.inner) * ELEMENT
-        return up, self.rank * (model.inner + model.hidden) * ELEMENT
+        """A and B of one adapter in one expert, less what all experts share: of gate and up, of down."""
+        model, own = self.model, 0 if self.outer else self.model.hidden
+        up = self.rank * model.slices * (own + model.inner) * ELEMENT
+        return up, self.rank * (model.inner + own) * ELEMENT
+
+    @property
+    def shared_bytes(self) -> int:
+        """What all experts share of one adapter, of both halves."""
+        return self.rank * (self.model.slices + 1) * self.model.hidden * ELEMENT if self.outer else 0
 
     @property
     def pool_bytes(self) -> int:
         """A and B of all adapters in all experts."""
-        return SLOTS * self.model.experts * sum(self.half_bytes)
+        return SLOTS * (self.model.experts * sum(self.half_bytes) + self.shared_bytes)
 
     @property
     def buffer_bytes(self) -> int:

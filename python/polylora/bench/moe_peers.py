@@ -33,6 +33,9 @@ from polylora.ops import ACTIVATIONS
 #: place of the base's activation, ``moe_down_reduce`` in that of its sum. ``added``: ``moe_gate_up_`` and ``moe_down_``
 #: before them.
 SEAMS = ("beside", "fused", "added")
+#: Where all experts share A of gate and up. ``tokens``: as ``beside``, x multiplied by it once a token instead of once
+#: a pair, by ``shrink``.
+OUTER_SEAMS = ("tokens",)
 
 
 class Unserved(RuntimeError):
@@ -53,6 +56,8 @@ class _Halves:
             pool.up_a, pool.up_b, ranks, widths=[model.inner] * model.slices, cols=cols, col_stride=self.col_stride
         )
         self.down = polylora.SliceTable.from_sglang_moe(pool.down_a, pool.down_b, ranks, widths=[model.hidden])
+        # A of a token's adapter, where all experts share it
+        self.of_tokens = self.up.table[:: model.experts].contiguous() if problem.case.outer else None
 
 
 @dataclass
@@ -77,7 +82,7 @@ class MoePolylora(Polylora):
 
     Args:
         path: what ``POLYLORA_PATH`` forces; ``auto``: nothing.
-        seams: one of :data:`SEAMS`.
+        seams: one of :data:`SEAMS` or, for cases of shared outer halves, :data:`OUTER_SEAMS`.
     """
 
     def __init__(self, path: str = "auto", seams: str = SEAMS[0]) -> None:
@@ -87,15 +92,24 @@ class MoePolylora(Polylora):
 
     def prepare(self, problem: MoeProblem) -> list[Call]:
         case, model = problem.case, problem.case.model
+        if self.seams in OUTER_SEAMS and not case.outer:
+            raise Unserved(f"{self.name} wants all experts to share A of gate and up ('{case.name} outer')")
         self.tables = [_Halves(problem, pool) for pool in problem.pools]
         # what runs beside a GEMM is short, and would come last were it not for its priority
-        beside = self.seams == "beside" and problem.device.type == "cuda"
+        apart = self.seams in ("beside", *OUTER_SEAMS)
+        beside = apart and problem.device.type == "cuda"
         self.side = torch.cuda.Stream(problem.device, priority=-1) if beside else None
         widths = model.slices * model.inner, model.hidden
         empty = {"device": problem.device, "dtype": problem.dtype}
-        self.deltas = [torch.empty(case.pairs, width, **empty) for width in widths] if self.seams == "beside" else []
+        self.deltas = [torch.empty(case.pairs, width, **empty) for width in widths] if apart else []
+        if self.seams in OUTER_SEAMS:
+            v = torch.empty(case.rows, self.tables[0].up.v_width, dtype=torch.float32, device=problem.device)
+            self.of_tokens = polylora.Plan(case.rows, SLOTS, device=problem.device).tensor, v
         shared = self._new_plan(problem, problem.base.layer(problem.routings[0]))
         return [self._forward(problem, problem.base.layer(routing), shared) for routing in problem.layers]
+
+    def declines(self, error: Exception) -> bool:
+        return isinstance(error, Unserved) or super().declines(error)
 
     def close(self) -> None:
         self.deltas = []
@@ -153,12 +167,22 @@ class MoePolylora(Polylora):
         def fill() -> None:
             ops.moe_plan(plan, routing.topk_ids, routing.slots, SLOTS, model.experts, None, layer.row_map)
 
-        if self.seams == "beside":
+        if self.seams in ("beside", *OUTER_SEAMS):
             pairs = case.pairs if layer.base.mapped else 0
             of_up, of_down = self.deltas
+
+            def delta_of_up() -> None:
+                ops.moe_delta(of_up, *up, u.widths, u.v_width, top_k, None, layer.row_map)
+
+            def delta_of_tokens() -> None:
+                rows, v = self.of_tokens
+                ops.plan(rows, routing.slots, SLOTS)
+                ops.shrink(v, x, u.a, tables.of_tokens, rows)
+                ops.moe_delta(of_up, *up, u.widths, u.v_width, top_k, None, layer.row_map, v)
+
             return _Ops(
                 fill,
-                lambda: ops.moe_delta(of_up, *up, u.widths, u.v_width, top_k, None, layer.row_map),
+                delta_of_up if self.seams == "beside" else delta_of_tokens,
                 lambda y1: ops.moe_act(
                     h, y1, of_up, u.table, plan, u.widths, u.cols, act, 1.702, 7.0, stride, pairs
                 ),
@@ -237,6 +261,8 @@ class _Peer(Implementation):
         model = problem.case.model
         if model.act not in self.acts or model.interleaved:
             raise Unserved(f"{self.name} has no {'interleaved ' if model.interleaved else ''}{model.act}")
+        if problem.case.outer:
+            raise Unserved(f"{self.name} has no adapters here whose experts share A or B")
         if self.pair_order and not problem.base.weighted:
             raise Unserved(f"{self.name} adds into weighted pairs in their order, which {problem.base.name} has not")
         self.start(problem)

@@ -34,7 +34,7 @@ class Pool:
 
     Attributes:
         up_a, up_b: ``[L, E, c * R, H]``, ``[L, E, c * I, R]``: slices one behind the other, interleaved or not.
-        down_a, down_b: ``[L, E, R, I]``, ``[L, E, H, R]``.
+        down_a, down_b: ``[L, E, R, I]``, ``[L, E, H, R]``. 1 instead of E: all experts share it.
     """
 
     up_a: torch.Tensor
@@ -65,6 +65,11 @@ class Routing:
         """(adapter, expert) pairs that occur, and experts."""
         keys = self.slots.long()[:, None] * experts + self.topk_ids
         return keys.unique().numel(), self.topk_ids.unique().numel()
+
+    def weight_bytes(self, case: MoeCase) -> int:
+        """A and B of the pairs that occur, each once."""
+        pairs, _ = self.hit(case.model.experts)
+        return pairs * sum(case.half_bytes) + self.slots.unique().numel() * case.shared_bytes
 
     def to(self, device: torch.device) -> Routing:
         moved = [t.to(device) for t in (self.topk_ids, self.topk_weights, self.slots)]
@@ -148,15 +153,16 @@ class MoeProblem:
 
         model, rank = case.model, case.rank
         hidden, inner, experts, slices = model.hidden, model.inner, model.experts, model.slices
+        outer = 1 if case.outer else experts
         self.x = random(case.rows, hidden, scale=1.0)
         self.w13 = random(experts, slices * inner, hidden, scale=hidden**-0.5)
         self.w2 = random(experts, hidden, inner, scale=inner**-0.5)
         self.pools = [
             Pool(
-                random(SLOTS, experts, slices * rank, hidden, scale=hidden**-0.5),
+                random(SLOTS, outer, slices * rank, hidden, scale=hidden**-0.5),
                 random(SLOTS, experts, slices * inner, rank, scale=rank**-0.5),
                 random(SLOTS, experts, rank, inner, scale=inner**-0.5),
-                random(SLOTS, experts, hidden, rank, scale=rank**-0.5),
+                random(SLOTS, outer, hidden, rank, scale=rank**-0.5),
             )
             for _ in range(min(wanted, room))
         ]
@@ -168,8 +174,7 @@ class MoeProblem:
         layers, alone = (max(2, min(int(n), MAX_ROUTINGS)) for n in (layers, alone))
         self.routings = [first.to(device), *(next(drawn).to(device) for _ in range(max(layers, alone) - 1))]
         self.layers = self.routings[:layers]
-        hits = [routing.hit(experts)[0] for routing in self.layers]
-        self.weight_bytes = sum(hits) / len(hits) * sum(case.half_bytes)
+        self.weight_bytes = sum(routing.weight_bytes(case) for routing in self.layers) / len(self.layers)
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -199,14 +204,16 @@ class MoeProblem:
                 base.index_add_(0, at, weight * (h @ w2.T))
                 y1 = y1 + self._up_delta(pool, slot, expert, x[at])
                 h = activate(model.act, *split(model, y1))
-                y2 = h @ w2.T + (h @ pool.down_a[slot, expert].double().T) @ pool.down_b[slot, expert].double().T
+                down_b = pool.down_b[slot, 0 if self.case.outer else expert].double()
+                y2 = h @ w2.T + (h @ pool.down_a[slot, expert].double().T) @ down_b.T
                 whole.index_add_(0, at, weight * y2)
         return base, whole
 
     def _up_delta(self, pool: Pool, slot: int, expert: int, x: torch.Tensor) -> torch.Tensor:
         """``[rows, c * I]`` in the columns of the base's y1."""
         model = self.case.model
-        a = pool.up_a[slot, expert].double().view(model.slices, self.case.rank, model.hidden)
+        of_a = 0 if self.case.outer else expert
+        a = pool.up_a[slot, of_a].double().view(model.slices, self.case.rank, model.hidden)
         b = pool.up_b[slot, expert].double().view(model.slices, model.inner, self.case.rank)
         parts = [(x @ a[s].T) @ b[s].T for s in range(model.slices)]
         return torch.stack(parts, 2).flatten(1) if model.interleaved else torch.cat(parts, 1)
