@@ -46,8 +46,15 @@ void check_list(const Checker& check, const char* arg, const TensorList& list, i
   }
 }
 
-// Fills everything but the pointers' use: `k` is the input width that A must have (kAny: embedding).
-SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, int32_t dtype) {
+// What A is multiplied with; without a tensor: nothing.
+struct Input {
+  const char* name;
+  const Tensor* tensor;
+};
+constexpr Input kNoInput{"", nullptr};
+
+// Fills everything but the pointers' use. `columns`: that A must have where it has no input (embedding; kAny: any).
+SliceSet slice_set(const Checker& check, const SliceArgs& args, Input input, int32_t dtype, int64_t columns = kAny) {
   check.contiguous("table", args.table, {kAny, kAny, sizeof(SliceEntry) / sizeof(int32_t)}, dtype::kInt32);
   check.aligned("table", args.table, alignof(SliceEntry));
   const int64_t groups = args.table.size(0);
@@ -66,9 +73,9 @@ SliceSet slice_set(const Checker& check, const SliceArgs& args, int64_t k, int32
   if (args.a) {
     check_list(check, "a", *args.a, count);
     for (const Tensor& t : *args.a) {
-      check.matrix("a", t, kAny, kAny, dtype);
-      if (k != kAny && t.size(1) != k) {  // either of the two may be the wrong one
-        check.fail("a", "of " + std::to_string(k) + " columns, which the input has", describe(t));
+      check.matrix("a", t, kAny, columns, dtype);
+      if (input.tensor != nullptr && t.size(1) != input.tensor->size(1)) {
+        check.fail(input.name, "of " + std::to_string(t.size(1)) + " columns, as a has", describe(*input.tensor));
       }
     }
     for (int64_t s = 0; s < count; ++s) {
@@ -314,7 +321,7 @@ void shrink(Tensor v, Tensor x, TensorList a, Tensor table, Tensor plan) {
   p.v = static_cast<float*>(v.data_ptr());
   p.v_stride = Checker::pitch(v);
   p.v_width = static_cast<int32_t>(v.size(1));
-  p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, p.k, x.dtype());
+  p.slices = slice_set(check, {&a, nullptr, table, nullptr, nullptr, 1}, {"x", &x}, x.dtype());
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   if (adds_something(check, v, p)) run_shrink(Backend(v), p, v);
 }
@@ -331,7 +338,7 @@ void expand_(Tensor y, Tensor v, TensorList b, Tensor table, Tensor plan, IntLis
   p.v = static_cast<float*>(v.data_ptr());
   p.v_stride = Checker::pitch(v);
   p.v_width = static_cast<int32_t>(v.size(1));
-  p.slices = slice_set(check, {nullptr, &b, table, &widths, &cols, 1}, kAny, y.dtype());
+  p.slices = slice_set(check, {nullptr, &b, table, &widths, &cols, 1}, kNoInput, y.dtype());
   check_columns(check, "y", y, p.slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   if (adds_something(check, y, p)) Backend(y).expand(p);
@@ -347,7 +354,7 @@ LoraParams linear_params(const Checker& check, const char* y_name, const Tensor&
   check.matrix("x", x, p.rows, kAny, y.dtype());
   set_x(p, x);
   set_y(p, y);
-  p.slices = slice_set(check, slices, p.k, y.dtype());
+  p.slices = slice_set(check, slices, {"x", &x}, y.dtype());
   check_slices_of(check, y_name, y, p, slices);
   p.plan = filled_plan(check, plan, p.rows, p.slices.groups, 0);
   return p;
@@ -381,7 +388,7 @@ void add_delta_(Tensor y, Tensor delta, Tensor table, Tensor plan, IntList width
   check.matrix("y", y, kAny, kAny, y.dtype());
   p.lora.rows = y.size(0);
   set_y(p.lora, y);
-  p.lora.slices = slice_set(check, {nullptr, nullptr, table, &widths, &cols, 1}, kAny, y.dtype());
+  p.lora.slices = slice_set(check, {nullptr, nullptr, table, &widths, &cols, 1}, kNoInput, y.dtype());
   check_columns(check, "y", y, p.lora.slices);
   check.matrix("delta", delta, p.lora.rows, sum_of_widths(p.lora.slices), y.dtype());
   p.delta = delta.data_ptr();
@@ -404,7 +411,7 @@ void embedding_(Tensor y, Tensor token_ids, TensorList a, TensorList b, Tensor t
   p.vocab = vocab;
   set_y(p.lora, y);
   // rank rows over the vocabulary, or token rows over the rank: the columns of A are checked accordingly
-  p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, token_major ? kAny : vocab, y.dtype());
+  p.lora.slices = slice_set(check, {&a, &b, table, &widths, &cols, 1}, kNoInput, y.dtype(), token_major ? kAny : vocab);
   const Tensor* apart = nullptr;  // the first of more than a row: the others' strides mean nothing
   for (const Tensor& t : a) {
     if (token_major && vocab > t.size(0)) {
@@ -460,7 +467,7 @@ LoraParams moe_params(const Checker& check, const MoeArgs& args, const char* x_n
   set_y(p, args.y);
   p.row_map = checked_row_map(check, args.row_map, p.rows);
   check.range("col_stride", args.slices.col_stride, 1, kMaxInt32);
-  p.slices = slice_set(check, args.slices, x != nullptr ? p.k : kAny, args.y.dtype());
+  p.slices = slice_set(check, args.slices, {x_name, x}, args.y.dtype());
   check_slices_of(check, args.y_name, args.y, p, args.slices);
   const int64_t mapped_pairs = args.row_map ? args.pairs : args.mapped_pairs;
   p.plan = filled_plan(check, args.plan, p.rows, p.slices.groups, mapped_pairs);
