@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="engine_vllm.py", description=__doc__.splitlines()[0])
     presets = ", ".join(f"{name} ({layers} layers)" for name, (_, layers) in engine_models.PRESETS.items())
     parser.add_argument("--model", default="llama8b", help=f"a folder with config.json, or {presets}")
-    parser.add_argument("--layers", type=int, help="of a preset")
+    parser.add_argument("--layers", type=_positive, help="of a preset")
     parser.add_argument("--weights", choices=("dummy", "auto"), default="dummy", help="auto: those in the folder")
     parser.add_argument("--work", metavar="DIR", help="for models and adapters, removed at the end (default /tmp)")
     parser.add_argument("--ranks", type=_numbers, default=[16], help="of the adapters, in turn (default 16)")
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="of each batch, after one more (default 5)")
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES), help=",".join(SIDES))
     parser.add_argument("--compare", action="store_true", help="instead: do both kernels decode alike?")
-    parser.add_argument("--slots", type=int, help="of adapters in the engine (default: as many as --adapters); with "
+    parser.add_argument("--slots", type=_positive, help="of the engine (default: as many as --adapters); with "
                         "--compare fewer: adapters come and go while it serves")  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probabilities, with --compare")
     parser.add_argument("--compile", action="store_true", help="vLLM's own choice of torch.compile and graphs, instead "
@@ -64,15 +64,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:
         arguments.engine = {k: json.loads(v) for k, v in (text.split("=", 1) for text in arguments.engine)}
-    except ValueError as error:
-        parser.error(f"--engine must be KEY=JSON: {error}")
-    if arguments.output < 16 or arguments.repeat < 1 or min(arguments.batch + arguments.prompt + arguments.ranks) < 1:
-        parser.error("--output must be at least 16; --repeat, --batch, --prompt and --ranks at least 1")
+    except ValueError:
+        parser.error(f"--engine must be KEY=JSON, got {' '.join(arguments.engine)}")
+    least = {"output": 16, "repeat": 1, "batch": 1, "prompt": 1, "ranks": 1, "adapters": 0}
+    for name, bound in least.items():
+        value = getattr(arguments, name)
+        if (got := min(value) if isinstance(value, list) else value) < bound:
+            parser.error(f"--{name} must be at least {bound}, got {got}")
     most = max(arguments.adapters)
-    if arguments.slots is not None and arguments.slots < (1 if arguments.compare else max(1, most)):
-        parser.error(f"--slots must be at least 1, without --compare at least {most}, the adapters of a batch")
-    if max(arguments.ranks) > 512 or not set(arguments.sides) <= set(SIDES):
-        parser.error(f"--ranks must be at most 512, --sides of {', '.join(SIDES)}")
+    if arguments.slots is not None and arguments.slots < most and not arguments.compare:
+        parser.error(f"--slots must be at least {most}, the most of --adapters, unless with --compare, "
+                     f"got {arguments.slots}")  # fmt: skip
+    if max(arguments.ranks) > 512:
+        parser.error(f"--ranks must be at most 512, got {max(arguments.ranks)}")
+    if unknown := set(arguments.sides) - set(SIDES):
+        parser.error(f"--sides must be of {', '.join(SIDES)}, got {', '.join(sorted(unknown))}")
+    if arguments.work and not Path(arguments.work).is_dir():
+        parser.error(f"--work must be a folder that exists, got {arguments.work}")
     if arguments.model not in engine_models.PRESETS and not Path(arguments.model, "config.json").is_file():
         parser.error(f"--model must be a folder with config.json or of {presets}, got {arguments.model}")
     if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
@@ -86,7 +94,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _numbers(text: str) -> list[int]:
-    return sorted({int(part) for part in text.split(",")})
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+    return int(text)
 
 
 def cells(arguments: argparse.Namespace, side: str) -> list[tuple[int, int, int, int]]:

@@ -350,7 +350,8 @@ def test_slots(small, more, adapters, slots):
     "wrong",
     [["--output", "2"], ["--engine", "x"], ["--sides", "tgi"], ["--ranks", "1024"], ["--model", "/nowhere"],
      ["--plot", "x.pdf"], ["--json", "/nowhere/x"], ["--batch", "0"], ["--compare", "--slots", "0"],
-     ["--adapters", "1,8", "--slots", "7"]],
+     ["--adapters", "1,8", "--slots", "7"], ["--adapters", "-3"], ["--adapters", "a"], ["--layers", "0"],
+     ["--work", "/nowhere"]],
 )  # fmt: skip
 def test_bad_usage(wrong):
     with pytest.raises(SystemExit) as stop:

@@ -171,12 +171,12 @@ def test_the_block_of_a_linears_delta_beside_the_gemm_is_linear_(usable, streams
     a, b, w = random(slots, len(widths) * rank, k) / 8, random(slots, sum(widths), rank), random(sum(widths), k) / 8
     table = polylora.SliceTable.from_sglang_dense(a, b, [rank] * slots, widths=widths)
     ids = torch.tensor([0, 2, -1, 1, 1, 0, -1], dtype=torch.int32).to(usable)
-    plan = polylora.Plan(rows, slots, device=usable).fill(ids).tensor
+    plan = polylora.Plan(rows, slots, device=usable).fill(ids)
     given = {"torch": torch, "ops": torch.ops.polylora, "gemm": lambda x: x @ w.T, "x": random(rows, k)}
     got = execute(code, given | {"rows": rows, "table": table, "plan": plan})["y"]
     base = given["x"] @ w.T
     want = base.clone()
-    torch.ops.polylora.linear_(want, given["x"], plan=plan, **table.args("linear_"))
+    torch.ops.polylora.linear_(want, given["x"], plan=plan.tensor, **table.args("linear_"))
     torch.testing.assert_close(got, want)
     assert (want - base).norm() > 0.1 * want.norm()
 
@@ -192,12 +192,12 @@ def test_the_block_of_a_gated_mlp_is_linear_and_the_activation(usable):
     a, b = random(slots, 2 * rank, k) / 8, random(slots, 2 * inner, rank)
     gate_up = polylora.SliceTable.from_sglang_dense(a, b, [rank] * slots, widths=[inner] * 2)
     ids = torch.tensor([0, 2, -1, 1, 1, 0, -1], dtype=torch.int32).to(usable)
-    plan = polylora.Plan(rows, slots, device=usable).fill(ids).tensor
+    plan = polylora.Plan(rows, slots, device=usable).fill(ids)
     x, y, ops = random(rows, k), random(rows, 2 * inner), torch.ops.polylora
     given = {"torch": torch, "ops": ops, "rows": rows, "inner": inner}
     got = execute(code, given | {"x": x, "y": y, "plan": plan, "gate_up": gate_up})["h"]
     base = torch.nn.functional.silu(y[:, :inner]) * y[:, inner:]
-    ops.linear_(y, x, plan=plan, **gate_up.args("linear_"))
+    ops.linear_(y, x, plan=plan.tensor, **gate_up.args("linear_"))
     want = torch.nn.functional.silu(y[:, :inner]) * y[:, inner:]
     torch.testing.assert_close(got, want)
     assert ((want - base).abs().amax(1) > 1e-2).tolist() == [i >= 0 for i in ids.tolist()]
@@ -220,7 +220,7 @@ def test_the_block_of_deltas_beside_the_gemms_is_the_fused_layer(usable, streams
     pairs, ops = tokens * k, torch.ops.polylora
     x, w, y1, y2 = random(tokens, hidden), random(tokens, k).abs(), random(pairs, 2 * inner), random(pairs, hidden)
     h, out = torch.empty(pairs, inner, device=usable), torch.empty(tokens, hidden, device=usable)
-    plan = polylora.Plan(pairs, slots * experts, device=usable).tensor
+    plan = polylora.Plan(pairs, slots * experts, device=usable)
     given = {"torch": torch, "ops": ops, "ACTIVATIONS": polylora.ops.ACTIVATIONS, "x": x, "k": k, "w": w, "h": h}
     given |= {"plan": plan, "topk_ids": ids, "slots": adapter, "num_slots": slots, "experts": experts, "out": out}
     given |= {"up": up, "down": down, "gate_up_gemm": lambda x: y1, "down_gemm": lambda h: y2}
@@ -228,11 +228,11 @@ def test_the_block_of_deltas_beside_the_gemms_is_the_fused_layer(usable, streams
     execute(code, given)
 
     fused_h, fused_out = torch.empty_like(h), torch.empty_like(out)
-    ops.moe_gate_up_act(fused_h, y1, x, **up.args("moe_gate_up_act"), plan=plan, top_k=k, act=0)
+    ops.moe_gate_up_act(fused_h, y1, x, **up.args("moe_gate_up_act"), plan=plan.tensor, top_k=k, act=0)
     assert torch.allclose(h, fused_h, rtol=1e-4, atol=1e-5)
     moved = (h - torch.nn.functional.silu(y1[:, :inner]) * y1[:, inner:]).abs().view(tokens, -1).amax(1) > 1e-2
     assert moved.tolist() == [a >= 0 for a in adapter.tolist()]
-    ops.moe_down_reduce(fused_out, y2, h, **down.args("moe_down_reduce"), plan=plan, topk_weights=w)
+    ops.moe_down_reduce(fused_out, y2, h, **down.args("moe_down_reduce"), plan=plan.tensor, topk_weights=w)
     assert torch.allclose(out, fused_out, rtol=1e-4, atol=1e-4)
     base = (y2.view(tokens, k, hidden) * w[:, :, None]).sum(1)
     changed = (out - base).abs().amax(1) > 1e-2

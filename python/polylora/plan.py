@@ -55,6 +55,8 @@ class Plan:
 
     def fill(self, group_ids: torch.Tensor) -> Plan:
         """Groups the rows. ``group_ids``: int32 or int64 ``[rows]``, -1 = no adapter. No synchronisation."""
+        if not isinstance(group_ids, torch.Tensor):
+            raise TypeError(f"polylora::Plan.fill: group_ids must be a tensor, got {type(group_ids).__name__}")
         if group_ids.dim() != 1 or group_ids.size(0) != self.rows:
             raise ValueError(f"polylora::Plan.fill: group_ids must be [{self.rows}], got {list(group_ids.shape)}")
         torch.ops.polylora.plan(self.tensor, group_ids, self.groups)
