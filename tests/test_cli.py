@@ -170,6 +170,14 @@ def test_check_says_no_and_why(capsys):
     assert code == 1 and any("mixer.q_proj" in text for text in json.loads(out)["problems"])
 
 
+def test_check_asks_whether_it_is_another_models_adapter(capsys):
+    code, _, err = run("check", adapter_path(NEMOTRON, "leet"), "--model", fixture_path(QWEN), capsys=capsys)
+    last = err.splitlines()[-1]
+    assert code == 1 and "modules that a qwen3_5_moe" in last and "adapter? Its own config says" in last
+    code, _, err = run("check", adapter_path(NEMOTRON, "leet"), "--model", fixture_path(NEMOTRON), capsys=capsys)
+    assert (code, err) == (0, "")
+
+
 def test_check_refuses_what_it_cannot_read(capsys, tmp_path):
     good = adapter_path(NEMOTRON, "snake")
     for argv, what in (

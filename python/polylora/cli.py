@@ -116,6 +116,10 @@ def _collect_info() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ check
 
 
+#: Tensors that match no site from which on an adapter looks like another model's.
+_MANY = 8
+
+
 def run_check(arguments: argparse.Namespace) -> int:
     from polylora.adapters import AdapterError, load_adapter
     from polylora.engines.base_weights import saved_base_weights
@@ -154,6 +158,13 @@ def run_check(arguments: argparse.Namespace) -> int:
         print(_check_report(result))
     for problem in problems:
         print(problem, file=sys.stderr)
+    if len(strangers := [p for p in problems if " matches no site" in p]) > _MANY:
+        base = json.loads((Path(arguments.adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        print(
+            f"polylora check: {len(problems)} problems, {len(strangers)} of them tensors of modules that a "
+            f"{config.model_type} has not: another model's adapter? Its own config says {base!r}.",
+            file=sys.stderr,
+        )
     return NO if problems else DONE
 
 
