@@ -24,7 +24,7 @@ import engine_report
 import polylora
 from engine_report import SIDES
 from polylora.bench import report
-from polylora_cli import DONE, NO, NO_GPU, USAGE
+from polylora_cli import DONE, NO, NO_GPU, USAGE, positive
 
 #: polylora's first tokens may be so many times as far from vLLM's as vLLM's in batches of another size are.
 OWN_NOISE = 1.5
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="engine_vllm.py", description=__doc__.splitlines()[0])
     presets = ", ".join(f"{name} ({layers} layers)" for name, (_, layers) in engine_models.PRESETS.items())
     parser.add_argument("--model", default="llama8b", help=f"a folder with config.json, or {presets}")
-    parser.add_argument("--layers", type=_positive, help="of a preset")
+    parser.add_argument("--layers", type=positive, help="of a preset")
     parser.add_argument("--weights", choices=("dummy", "auto"), default="dummy", help="auto: those in the folder")
     parser.add_argument("--work", metavar="DIR", help="for models and adapters, removed at the end (default /tmp)")
     parser.add_argument("--ranks", type=_numbers, default=[16], help="of the adapters, in turn (default 16)")
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="of each batch, after one more (default 5)")
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES), help=",".join(SIDES))
     parser.add_argument("--compare", action="store_true", help="instead: do both kernels decode alike?")
-    parser.add_argument("--slots", type=_positive, help="of the engine (default: as many as --adapters); with "
+    parser.add_argument("--slots", type=positive, help="of the engine (default: as many as --adapters); with "
                         "--compare fewer: adapters come and go while it serves")  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probabilities, with --compare")
     parser.add_argument("--compile", action="store_true", help="vLLM's own choice of torch.compile and graphs, instead "
@@ -98,12 +98,6 @@ def _numbers(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
-    return int(text)
 
 
 def cells(arguments: argparse.Namespace, side: str) -> list[tuple[int, int, int, int]]:

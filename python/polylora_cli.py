@@ -39,7 +39,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     demo.add_argument("--model", choices=("qwen", "nemotron", "both"), default="both")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    demo.add_argument("--tokens", type=_positive, metavar="N", help="tokens to generate a row (default 64)")
+    demo.add_argument("--tokens", type=positive, metavar="N", help="tokens to generate a row (default 64)")
     demo.add_argument("--json", metavar="FILE", help="write all numbers there ('-': to stdout instead of the tables)")
     demo.set_defaults(run=_command("demo"))
 
@@ -61,10 +61,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
+def positive(text: str) -> int:
+    """A number from 1 on, as argparse's ``type``."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 vllm_source.require_vllm()
 
 from polylora import _host  # noqa: E402
-from polylora.vllm_plugin import ops, step, tables  # noqa: E402
+from polylora.vllm_plugin import ops, tables  # noqa: E402
 from polylora.vllm_plugin.wrapper import PolyloraPunicaWrapper  # noqa: E402
 from vllm.config.lora import LoRAConfig  # noqa: E402
 from vllm.lora import layers as vllm_layers  # noqa: E402
@@ -57,9 +57,11 @@ def make_wrapper(config, tokens=64):
     return PolyloraPunicaWrapper(tokens, 16, torch.get_default_device(), lora_config=config)
 
 
-def make_linear(name, dtype, wrapper, config):
-    kind, with_lora, widths = LINEARS[name]
-    base = vllm_source.base_linear(kind, K, widths, dtype, num_kv_head_replicas=1, **HEADS)
+def make_linear(name, dtype, wrapper, config, k=K, widths=None, **attributes):
+    """A layer with a ``wrapper``; ``k``, ``widths`` and ``attributes`` of the base where it is a part of a linear."""
+    kind, with_lora, all_widths = LINEARS[name]
+    values = {"num_kv_head_replicas": 1} | HEADS | attributes
+    base = vllm_source.base_linear(kind, k, widths or all_widths, dtype, **values)
     layer = getattr(vllm_layers, with_lora)(base)
     layer.create_lora_weights(SLOTS, config)
     layer.set_mapping(wrapper)
@@ -200,15 +202,11 @@ def test_each_of_two_tensor_parallel_ranks_takes_its_part(name, half):
     wrapper = make_wrapper(config)
     whole = [w * (1 if kind == "row" or (name == "replicas" and s > 0) else 2) for s, w in enumerate(widths)]
     adapters = {1: adapter(whole, 8, half), 2: adapter(whole, 5, half)}
-    base_kind, with_lora, _ = LINEARS[kind]
     ids = [1, 0, 2, 1]
     step_of_ids(wrapper, ids, [2, None, 1, None])
     x = torch.randn(4, K).to(half)
     for rank in range(2):
-        values = {"num_kv_head_replicas": 1, **HEADS, **more, "tp_size": 2, "tp_rank": rank}
-        layer = getattr(vllm_layers, with_lora)(vllm_source.base_linear(base_kind, k, widths, half, **values))
-        layer.create_lora_weights(SLOTS, config)
-        layer.set_mapping(wrapper)
+        layer = make_linear(kind, half, wrapper, config, k, widths, **more, tp_size=2, tp_rank=rank)
         put(layer, 2, adapters[1])
         put(layer, 0, adapters[2])
         part = slice(rank * k, (rank + 1) * k) if kind == "row" else slice(None)
@@ -350,13 +348,19 @@ def make_logits(config, wrapper, dtype, logits_dtype):
     return layer
 
 
-def test_logits_go_by_prompts(half):
-    config = lora_config(half)
+def logits_of_two_adapters(dtype):
+    """A wrapper, a layer of logits with adapters 1 and 2 in slots 0 and 1, and the adapters."""
+    config = lora_config(dtype)
     wrapper = make_wrapper(config)
-    layer = make_logits(config, wrapper, half, half)
-    adapters = {1: adapter([VOCAB], 8, half), 2: adapter([VOCAB], 3, half)}
+    layer = make_logits(config, wrapper, dtype, dtype)
+    adapters = {1: adapter([VOCAB], 8, dtype), 2: adapter([VOCAB], 3, dtype)}
     put(layer, 0, adapters[1])
     put(layer, 1, adapters[2])
+    return wrapper, layer, adapters
+
+
+def test_logits_go_by_prompts(half):
+    wrapper, layer, adapters = logits_of_two_adapters(half)
     step_of_ids(wrapper, [1, 1, 2, 2, 2], [1, 2, None, None], prompts=[2, 0, 1])
     x = torch.randn(4, K).to(half)
     base = layer.base_layer._apply_head(None, x, None)
@@ -366,12 +370,7 @@ def test_logits_go_by_prompts(half):
 
 def test_drafts_have_logits_of_their_own(half):
     """Speculative decoding: several rows of logits a sequence, more than the largest step has sequences."""
-    config = lora_config(half)
-    wrapper = make_wrapper(config)
-    layer = make_logits(config, wrapper, half, half)
-    adapters = {1: adapter([VOCAB], 8, half), 2: adapter([VOCAB], 3, half)}
-    put(layer, 0, adapters[1])
-    put(layer, 1, adapters[2])
+    wrapper, layer, adapters = logits_of_two_adapters(half)
     prompts = [i for i in (1, 2, 0) * 5 for _ in range(4)]  # 15 sequences, three drafts and a token each
     step_of_ids(wrapper, prompts, [1, 2, None, None], prompts=prompts)
     x = torch.randn(len(prompts), K).to(half)
@@ -563,21 +562,6 @@ def test_too_many_rows():
         step_of_ids(wrapper, [1] * 257, [1, None, None, None])
 
 
-class CountedPlans:
-    """Counts torch.ops.polylora.plan."""
-
-    def __init__(self, monkeypatch):
-        self.rows = []
-        plan = torch.ops.polylora.plan
-
-        def counted(tensor, group_ids, groups):
-            self.rows.append(group_ids.size(0))
-            with torch._C.DisableTorchFunction():  # else, with a default device, an op looks itself up by name: this
-                plan(tensor, group_ids, groups)
-
-        monkeypatch.setattr(step.torch.ops.polylora, "plan", counted)
-
-
 def test_one_plan_a_forward_pass(monkeypatch, half):
     from vllm.forward_context import create_forward_context, override_forward_context
 
@@ -587,7 +571,7 @@ def test_one_plan_a_forward_pass(monkeypatch, half):
     adapters = [{1: adapter(LINEARS[name][2], 8, half)} for name in ("gate_up", "row")]
     for layer, weights in zip(layers, adapters, strict=True):
         put(layer, 0, weights[1])
-    plans = CountedPlans(monkeypatch)
+    planned = vllm_source.note_calls(monkeypatch, ("plan",), lambda name, plan, ids, groups: ids.size(0))
     context = inspect.signature(create_forward_context)
     needed = {name: {} for name, p in context.parameters.items() if p.default is p.empty and name == "attn_metadata"}
     config_stub = type("Config", (), {})()
@@ -603,12 +587,12 @@ def test_one_plan_a_forward_pass(monkeypatch, half):
                 check(layer(x), base, x, ids, weights, LINEARS[name][2])
 
     forward(4, [1, 0, 1])
-    assert plans.rows == [4]
+    assert planned == [4]
     forward(4, [0, 1, 1, 1])
-    assert plans.rows == [4, 4]
+    assert planned == [4, 4]
     forward(8, [1, 1])
     forward(4, [0, 0, 0])  # no LoRA: no kernel
-    assert plans.rows == [4, 4, 8]
+    assert planned == [4, 4, 8]
 
 
 def test_other_row_counts_and_wrappers_in_one_pass(half):

@@ -658,7 +658,9 @@ def test_streams(half, device, monkeypatch):
     """Plan and deltas on the side stream, seams on the step's, which is any stream."""
     layer = loaded("gated", half)
     layer.step(IDS, SLOT_IDS)
-    notes = vllm_source.note_calls(monkeypatch, {*BESIDE, *INLINE}, lambda name: (name, torch.cuda.current_stream()))
+    notes = vllm_source.note_calls(
+        monkeypatch, {*BESIDE, *INLINE}, lambda name, *_: (name, torch.cuda.current_stream())
+    )
     own = torch.cuda.Stream()
     side = beside.side_stream_of(layer.w2.device, first=True)._stream
     assert side.priority < own.priority

@@ -118,15 +118,15 @@ def half(request) -> torch.dtype:
     return request.param
 
 
-def note_calls(monkeypatch, names, note=lambda name: name) -> list:
-    """What ``note`` makes of the name of each of polylora's ops ``names`` that is called, as they are called."""
+def note_calls(monkeypatch, names, note=lambda name, *args: name) -> list:
+    """What ``note`` makes of the name and arguments of each of polylora's ops ``names``, as they are called."""
     notes, running = [], []
 
     def noting(name, op):
         def call(*args):
             if running:  # torch looks an op up by its name once more where a default device is set
                 return op(*args)
-            notes.append(note(name))
+            notes.append(note(name, *args))
             running.append(name)
             try:
                 return op(*args)

@@ -518,13 +518,15 @@ inline int64_t decode_weight_bytes(const LoraParams& p) {
 /// less there is to read. A GEMM of few rows leaves some SMs free, has all registers of the others, and ends when its
 /// slowest block does. H200, 8 adapters r16, added to a chain of GEMMs by 33, 66, 132 and 264 blocks, us: 8 rows of
 /// o 2.81, 2.76, 2.81, 2.77, of down 5.67, 3.13, 4.52, 4.47, of gate_up 13.1, 8.1, 7.2, 6.8; 32 rows of
-/// qkv 6.8, 3.6, 4.6, 4.5. Of MoE twice as many, half as large.
+/// qkv 6.8, 3.6, 4.6, 4.5. Half as large ones, of MoE, are twice as many.
 inline int64_t narrow_blocks(const LoraParams& p, int sms, bool beside) {
-  const int64_t bytes_a_block = is_moe(p) ? 32 * 1024 : 64 * 1024;
-  const int64_t most = is_moe(p) ? 4 * sms : 2 * sms;
+  constexpr int64_t kWarpsPerSm = 16;
+  constexpr int64_t kBytesAWarp = 8 * 1024;  // beside
+  const int64_t warps = narrow_warps(is_moe(p));
+  const int64_t most = kWarpsPerSm / warps * sms;
   if (!beside) return most;
   const int64_t least = most / 8;
-  const int64_t wanted = decode_weight_bytes(p) / bytes_a_block;
+  const int64_t wanted = decode_weight_bytes(p) / (warps * kBytesAWarp);
   return wanted < least ? least : min64(wanted, most);
 }
 

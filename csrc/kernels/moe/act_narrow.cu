@@ -181,13 +181,6 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
 // Groups up to which a plan of one row a pair counts as a dense layer's. More are experts', of which each has few rows.
 constexpr int64_t kMostGroups = 256;
 
-// What linear's kernels take: without experts, a pair is a row of x.
-LoraParams dense(const LoraParams& p) {
-  LoraParams as_linear = p;
-  as_linear.x_div = 0;
-  return as_linear;
-}
-
 }  // namespace
 
 bool act_narrow_serves(const GateUpActParams& g) {
@@ -195,11 +188,11 @@ bool act_narrow_serves(const GateUpActParams& g) {
   const bool is_dense = p.x_div == 1 && p.row_map == nullptr && p.row_weight == nullptr && !p.v_of_x;
   const bool is_known = g.act == Activation::kSilu || g.act == Activation::kGeluTanh;
   return is_dense && is_known && p.slices.count == 2 && p.slices.col_stride == 1 && p.slices.groups <= kMostGroups &&
-         moe_act_serves(g) && narrow_shrink_serves(dense(p));
+         moe_act_serves(g) && narrow_shrink_serves(as_linear(p));
 }
 
 cudaError_t act_narrow_scratch(const GateUpActParams& g, int64_t& bytes) {
-  const LoraParams p = dense(g.lora);
+  const LoraParams p = as_linear(g.lora);  // without experts, a pair is a row of x
   int planes = 0;
   const cudaError_t error = narrow_parts(p, false, planes);
   bytes = narrow_plane_bytes(p, planes);
@@ -207,7 +200,7 @@ cudaError_t act_narrow_scratch(const GateUpActParams& g, int64_t& bytes) {
 }
 
 cudaError_t act_narrow_path(const GateUpActParams& g, cudaStream_t stream) {
-  const LoraParams p = dense(g.lora);
+  const LoraParams p = as_linear(g.lora);  // without experts, a pair is a row of x
   Device device;
   cudaError_t error = current_device(device);
   int planes = 0;

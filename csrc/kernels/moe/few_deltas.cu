@@ -8,17 +8,6 @@
 #include "moe/paths.h"
 
 namespace polylora::cuda {
-namespace {
-
-// What linear's kernels ask of the rest.
-LoraParams as_linear(const LoraParams& p) {
-  LoraParams dense = p;
-  dense.x_div = 0;
-  dense.row_weight = nullptr;
-  return dense;
-}
-
-}  // namespace
 
 bool few_deltas_serve(const LoraParams& p) {
   return p.rows > 0 && is_moe(p) && p.row_map == nullptr && !p.v_of_x && narrow_shrink_serves(as_linear(p)) &&

@@ -19,6 +19,14 @@ bool moe_act_serves(const GateUpActParams& g);
 cudaError_t moe_gate_up_act_scratch(const GateUpActParams& g, int64_t& bytes);
 cudaError_t moe_gate_up_act_path(const GateUpActParams& g, cudaStream_t stream);
 
+/// What linear's kernels ask of the rest of a call whose pairs, and their weights, are not their concern.
+inline LoraParams as_linear(const LoraParams& p) {
+  LoraParams dense = p;
+  dense.x_div = 0;
+  dense.row_weight = nullptr;
+  return dense;
+}
+
 /// The same for few rows of a layer without experts (a pair is a row of x), two slices.
 bool act_narrow_serves(const GateUpActParams& g);
 cudaError_t act_narrow_scratch(const GateUpActParams& g, int64_t& bytes);

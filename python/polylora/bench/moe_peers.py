@@ -56,8 +56,8 @@ class _Halves:
             pool.up_a, pool.up_b, ranks, widths=[model.inner] * model.slices, cols=cols, col_stride=self.col_stride
         )
         self.down = polylora.SliceTable.from_sglang_moe(pool.down_a, pool.down_b, ranks, widths=[model.hidden])
-        # A of a token's adapter, where all experts share it
-        self.of_tokens = self.up.table[:: model.experts].contiguous() if problem.case.outer else None
+        # the entries of a token's adapter, where all experts share A
+        self.outer = self.up.table[:: model.experts].contiguous() if problem.case.outer else None
 
 
 @dataclass
@@ -88,23 +88,24 @@ class MoePolylora(Polylora):
     def __init__(self, path: str = "auto", seams: str = SEAMS[0]) -> None:
         super().__init__(path)
         self.seams = seams
+        self.by_token = seams in OUTER_SEAMS
+        self.apart = seams == "beside" or self.by_token  # deltas by ops of their own
         self.name += "" if seams == SEAMS[0] else f":{seams}"
 
     def prepare(self, problem: MoeProblem) -> list[Call]:
         case, model = problem.case, problem.case.model
-        if self.seams in OUTER_SEAMS and not case.outer:
+        if self.by_token and not case.outer:
             raise Unserved(f"{self.name} wants all experts to share A of gate and up ('{case.name} outer')")
         self.tables = [_Halves(problem, pool) for pool in problem.pools]
         # what runs beside a GEMM is short, and would come last were it not for its priority
-        apart = self.seams in ("beside", *OUTER_SEAMS)
-        beside = apart and problem.device.type == "cuda"
+        beside = self.apart and problem.device.type == "cuda"
         self.side = torch.cuda.Stream(problem.device, priority=-1) if beside else None
         widths = model.slices * model.inner, model.hidden
         empty = {"device": problem.device, "dtype": problem.dtype}
-        self.deltas = [torch.empty(case.pairs, width, **empty) for width in widths] if apart else []
-        if self.seams in OUTER_SEAMS:
+        self.deltas = [torch.empty(case.pairs, width, **empty) for width in widths] if self.apart else []
+        if self.by_token:
             v = torch.empty(case.rows, self.tables[0].up.v_width, dtype=torch.float32, device=problem.device)
-            self.of_tokens = polylora.Plan(case.rows, SLOTS, device=problem.device).tensor, v
+            self.tokens = polylora.Plan(case.rows, SLOTS, device=problem.device).tensor, v
         shared = self._new_plan(problem, problem.base.layer(problem.routings[0]))
         return [self._forward(problem, problem.base.layer(routing), shared) for routing in problem.layers]
 
@@ -112,7 +113,7 @@ class MoePolylora(Polylora):
         return isinstance(error, Unserved) or super().declines(error)
 
     def close(self) -> None:
-        self.deltas = []
+        self.deltas, self.tokens = [], None
 
     @staticmethod
     def _new_plan(problem: MoeProblem, layer: Layer) -> torch.Tensor:
@@ -167,7 +168,7 @@ class MoePolylora(Polylora):
         def fill() -> None:
             ops.moe_plan(plan, routing.topk_ids, routing.slots, SLOTS, model.experts, None, layer.row_map)
 
-        if self.seams in ("beside", *OUTER_SEAMS):
+        if self.apart:
             pairs = case.pairs if layer.base.mapped else 0
             of_up, of_down = self.deltas
 
@@ -175,14 +176,14 @@ class MoePolylora(Polylora):
                 ops.moe_delta(of_up, *up, u.widths, u.v_width, top_k, None, layer.row_map)
 
             def delta_of_tokens() -> None:
-                rows, v = self.of_tokens
+                rows, v = self.tokens
                 ops.plan(rows, routing.slots, SLOTS)
-                ops.shrink(v, x, u.a, tables.of_tokens, rows)
+                ops.shrink(v, x, u.a, tables.outer, rows)
                 ops.moe_delta(of_up, *up, u.widths, u.v_width, top_k, None, layer.row_map, v)
 
             return _Ops(
                 fill,
-                delta_of_up if self.seams == "beside" else delta_of_tokens,
+                delta_of_tokens if self.by_token else delta_of_up,
                 lambda y1: ops.moe_act(
                     h, y1, of_up, u.table, plan, u.widths, u.cols, act, 1.702, 7.0, stride, pairs
                 ),

@@ -42,6 +42,11 @@ class Pool:
     down_a: torch.Tensor
     down_b: torch.Tensor
 
+    def of(self, slot: int, expert: int) -> list[torch.Tensor]:
+        """The four matrices of one adapter in one expert, float64."""
+        halves = self.up_a, self.up_b, self.down_a, self.down_b
+        return [t[slot, expert if t.size(1) > 1 else 0].double() for t in halves]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -202,19 +207,18 @@ class MoeProblem:
                 y1, weight = x[at] @ w13.T, weights[at, j, None]
                 h = activate(model.act, *split(model, y1))
                 base.index_add_(0, at, weight * (h @ w2.T))
-                y1 = y1 + self._up_delta(pool, slot, expert, x[at])
+                up_a, up_b, down_a, down_b = pool.of(slot, expert)
+                y1 = y1 + self._up_delta(up_a, up_b, x[at])
                 h = activate(model.act, *split(model, y1))
-                down_b = pool.down_b[slot, 0 if self.case.outer else expert].double()
-                y2 = h @ w2.T + (h @ pool.down_a[slot, expert].double().T) @ down_b.T
+                y2 = h @ w2.T + (h @ down_a.T) @ down_b.T
                 whole.index_add_(0, at, weight * y2)
         return base, whole
 
-    def _up_delta(self, pool: Pool, slot: int, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def _up_delta(self, up_a: torch.Tensor, up_b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``[rows, c * I]`` in the columns of the base's y1."""
         model = self.case.model
-        of_a = 0 if self.case.outer else expert
-        a = pool.up_a[slot, of_a].double().view(model.slices, self.case.rank, model.hidden)
-        b = pool.up_b[slot, expert].double().view(model.slices, model.inner, self.case.rank)
+        a = up_a.view(model.slices, self.case.rank, model.hidden)
+        b = up_b.view(model.slices, model.inner, self.case.rank)
         parts = [(x @ a[s].T) @ b[s].T for s in range(model.slices)]
         return torch.stack(parts, 2).flatten(1) if model.interleaved else torch.cat(parts, 1)
 
