@@ -40,11 +40,12 @@ __global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(
   const Part all = {units * part / parts, units * (part + 1) / parts};  // of the blocks that share a job
 
   ptx::launch_next_grid();
+  const bool other_call = kMoe && has_row_map(task);
   NarrowJob<kRows> job;
   int index = blockIdx.z;
   Part n = all;
   job.read(task, index, s);
-  if (kMoe && has_row_map(task)) job.jobs = 0;
+  if (other_call) job.jobs = 0;
   if (task.follows_own) {  // what the plan says is final
     const Sharing sharing = share_jobs(job.jobs, index, static_cast<int>(gridDim.z), all.end - all.begin, kWarps);
     n = sharing.of(all);
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(
       const int v_lane = static_cast<int>(threadIdx.x) % kLanesOfV;
       const int end_of_v = v_row < rows ? whole_rank_tiles(rank) : 0;
       const int64_t batch_row = job.row(task, v_row % kRows);  // of all lanes at once
-      float weight = 1.f;
-      if (kMoe && task.row_weight != nullptr) weight = task.row_weight[job.row(task, g)];
+      float scale = entry.scale;
+      if (kMoe && task.row_weight != nullptr) scale *= task.row_weight[job.row(task, g)];
       const int plane_row = min(job.plane_row(task, index) + v_row, task.plane_rows - 1);
       const float* from_planes = task.plane + int64_t{plane_row} * task.plane_width + s * task.rank_cap;
       if (!waited) {
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(
       while (expand.unit < n.end) {
         r = expand.multiply(r, rank, alignment, smem_v + g * pitch, pitch);
         if (r >= rank) {
-          expand.store(kMoe && task.row_weight != nullptr ? entry.scale * weight : entry.scale, has);
+          expand.store(scale, has);
           expand.next(kWarps, entry.b_stride);
           if (expand.unit >= n.end) break;
           r = 0;

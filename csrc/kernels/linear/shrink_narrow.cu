@@ -31,12 +31,12 @@ __global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(
 
   ptx::wait_for_previous_grid();
   ptx::launch_next_grid();  // after the wait: what the kernel before wrote may be read by the next without one
+  const bool other_call = kMoe && has_row_map(task);
   NarrowJob<kRows> job;
 #pragma unroll 1
   for (int index = blockIdx.z;; index += gridDim.z) {
     job.read(task, index, blockIdx.y);
-    if (kMoe && has_row_map(task)) job.jobs = 0;
-    if (index >= job.jobs) break;
+    if (other_call || index >= job.jobs) break;
     const int rows = job.rows(index);
     const SliceEntry entry = job.entry();
     const int rank = entry.rank;
