@@ -359,16 +359,23 @@ cudaError_t wide_of(LoraParams p) {
   return cuda::linear_wide_path(p, nullptr);
 }
 
-cudaError_t mma_of(LoraParams p) {
+template <bool kSums>
+cudaError_t mma_pieces(LoraParams p) {
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int parts = 0;
   cuda::mma_parts(p, parts);
   const GuardedBytes scratch(cuda::plane_bytes(p, parts));
   p.scratch = scratch.data();
-  const cudaError_t error = cuda::shrink_mma_path(p, parts, nullptr);
+  cudaError_t error = cuda::shrink_mma_path(p, parts, nullptr);
   hide_until_waited(scratch);  // all else is there: expand may count on shrink's having waited
+  if (kSums && error == cudaSuccess) {
+    error = cuda::sum_planes_path(p, parts, nullptr);
+    hide_until_waited(scratch);
+    parts = 1;
+  }
   return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
 }
+constexpr auto mma_of = mma_pieces<false>, mma_summed_of = mma_pieces<true>;
 
 template <auto kExpand, bool kBeside>
 cudaError_t narrow_launches(LoraParams p) {
@@ -412,7 +419,8 @@ cudaError_t all_runs(Problem& problem) {
   return kOf(problem.params());
 }
 constexpr Path cluster = all_runs<cluster_of>, wide = all_runs<wide_of>, mma = all_runs<mma_of>,
-               narrow = all_runs<narrow_of>, narrow_apart = apart_of<narrow_deltas>, wide_apart = apart_of<wide_deltas>;
+               mma_summed = all_runs<mma_summed_of>, narrow = all_runs<narrow_of>,
+               narrow_apart = apart_of<narrow_deltas>, wide_apart = apart_of<wide_deltas>;
 
 // Short runs first, then the others.
 template <auto kShort, auto kLong>
@@ -611,6 +619,40 @@ void many_outputs() {
   }
 }
 
+// More planes of v than are added at once, of tiles that are not full.
+void many_parts() {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"mma", mma}, {"mma summed", mma_summed}}) {
+    for (int64_t k : {256, 768, 2304, 4096}) {
+      run(name + " parts of K " + std::to_string(k), path,
+          {DType::kBFloat16, 150, k, {64, 24}, 3, {40, 8}, "segments"});
+    }
+    Shape shape{DType::kFloat16, 40, 2560, {72}, 2, {256, 3}};
+    shape.stale_is_noise = true;
+    run(name + " parts of K, noise before", path, shape);
+  }
+}
+
+// A slice has blocks of its own where that leaves none with much more than an even share.
+void balanced_slices() {
+  const auto own = [](std::vector<int32_t> widths, int blocks) {
+    cuda::LinearTask task{};
+    for (int32_t width : widths) {
+      task.slice[task.slices++].width = width;
+      task.units += static_cast<int32_t>(cuda::divide_up(width, cuda::kUnitN));
+    }
+    cuda::share_by_slices(task, blocks);
+    return task.first_part[task.slices] == blocks;
+  };
+  CHECK(own({4096, 1024, 1024}, 6), "4, 1 and 1 blocks");
+  CHECK(own({4096, 1024, 1024}, 16), "many blocks");
+  CHECK(!own({4096, 1024, 1024}, 3), "one block has two thirds of the outputs");
+  CHECK(own({14336, 14336}, 2) && own({14336, 14336}, 6), "even slices, an even number of blocks");
+  CHECK(!own({14336, 14336}, 3) && !own({14336, 14336}, 5), "even slices, few blocks, an odd number");
+  CHECK(own({14336, 14336}, 9), "an odd number that hardly matters");
+  CHECK(own({64, 64, 64, 64}, 4), "slices of a unit, where beginning another costs more than it");
+  CHECK(own({4096}, 2), "one slice");
+}
+
 // A row's bits do not depend on where it stands in the batch, nor on the adapters of the others.
 void same_bits_at_any_place() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster},
@@ -786,6 +828,7 @@ int main() {
   testing::any_shape("cluster", testing::cluster, 32);
   testing::any_shape("wide", testing::wide, 8);
   testing::any_shape("mma", testing::mma, 8);
+  testing::any_shape("mma summed", testing::mma_summed, 8);
   testing::any_shape("wide halves", testing::wide_halves, 8);
   testing::any_shape("narrow", testing::narrow, 32);
   testing::any_shape("narrow apart", testing::narrow_apart, 32);
@@ -794,6 +837,8 @@ int main() {
   testing::many_full_tiles();
   testing::few_jobs_of_many();
   testing::many_outputs();
+  testing::many_parts();
+  testing::balanced_slices();
   testing::same_bits_at_any_place();
   testing::odd_calls();
   testing::prefill();

@@ -148,6 +148,28 @@ void linear_by_rows() {
   expect("64 rows of 4 groups, cluster forced", linear(full, "cluster"), "1c");
 }
 
+// Many ranks and outputs: shrink, the sum of its planes, expand, where clusters leave SMs idle.
+void many_ranks_and_outputs() {
+  cuda::emulated_device.sms = 26;  // 3 tiles, of which each has a cluster of 6
+  Call call(257, 768, {4544, 64}), fewer_outputs(257, 768, {4480, 64}), fewer_ranks(257, 768, {4544, 64});
+  call.p.v_width = fewer_outputs.p.v_width = 130;
+  fewer_ranks.p.v_width = 128;
+  expect("65 ranks, three outputs for each of K of both slices", linear(call), "3");
+  expect("fewer outputs", linear(fewer_outputs), "1c");
+  expect("64 ranks", linear(fewer_ranks), "1c");
+  expect("wide forced", linear(call, "wide"), "1c");
+  setenv("POLYLORA_BATCH_INVARIANT", "1", 1);
+  expect("batch-invariant", linear(call), "1c");
+  unsetenv("POLYLORA_BATCH_INVARIANT");
+  cuda::emulated_device.sms = 20;
+  expect("no SM is idle", linear(call), "1c");
+  cuda::emulated_device.sms = 9;  // 3 parts of K, of 3 tiles
+  expect("three parts", linear(call, "mma"), "3");
+  cuda::emulated_device.sms = 8;
+  expect("two parts", linear(call, "mma"), "2");
+  cuda::emulated_device.sms = 132;
+}
+
 void sums_by_shape() {
   const auto sum = [](Call& call, const void* delta, int64_t stride, const char* path = "") {
     return call.run(path, [&](const LoraParams& p) { return cuda::add_delta({p, delta, stride}, nullptr); });
@@ -168,6 +190,7 @@ void sums_by_shape() {
 int main() {
   polylora::testing::deltas_by_shape();
   polylora::testing::linear_by_rows();
+  polylora::testing::many_ranks_and_outputs();
   polylora::testing::sums_by_shape();
   return polylora::testing::report();
 }

@@ -1,5 +1,6 @@
-// Adds the planes of v that blocks of shrink wrote, each over its part of K, in their order: the end of the public
-// shrink where linear_wide.cu does not run. A block takes 16 rows of a wide tile.
+// Adds the planes of v that blocks of shrink wrote, each over its part of K, in their order: into v, the end of the
+// public shrink where linear_wide.cu does not run; or into the first plane, before expand_wide.cu, of whose blocks each
+// would else read all planes of its tile. A block takes 16 rows of a wide tile.
 #include "linear/paths.h"
 #include "linear/wide.cuh"
 
@@ -9,6 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRows = 16;
 
+template <bool kInPlace>
 __global__ void __launch_bounds__(kThreads, 4) add_planes_kernel(const __grid_constant__ LinearTask task) {
   WideItem& item = *reinterpret_cast<WideItem*>(ptx::dynamic_smem());
   ptx::launch_next_grid();
@@ -16,12 +18,19 @@ __global__ void __launch_bounds__(kThreads, 4) add_planes_kernel(const __grid_co
   WideJob::read(task, item, index);  // shrink waited for all that came before it
   ptx::wait_for_previous_grid();
   const int begin = blockIdx.x % (kWideTileRows / kRows) * kRows;
-  if (index < item.tiles) add_planes_to_v(task, item, begin, min(begin + kRows, item.rows));
+  if (index >= item.tiles) return;
+  const int end = min(begin + kRows, item.rows);
+  if (!kInPlace) return add_planes_to_v(task, item, begin, end);
+  const int quads = item.rank_tiles * (kRankTile / 4);  // a row
+#pragma unroll 1
+  for (int e = threadIdx.x; e < (end - begin) * quads; e += blockDim.x) {
+    float* at = task.plane + int64_t{item.pos + begin + e / quads} * task.plane_width + e % quads * 4;
+    *reinterpret_cast<float4*>(at) = add_planes(task, at);
+  }
 }
 
-}  // namespace
-
-cudaError_t add_planes_path(const LoraParams& p, int planes, cudaStream_t stream) {
+template <bool kInPlace>
+cudaError_t launch_add(const LoraParams& p, int planes, cudaStream_t stream) {
   if (p.plan.max_wide_tiles == 0) return cudaSuccess;
   Device device;
   const cudaError_t error = current_device(device);
@@ -33,7 +42,17 @@ cudaError_t add_planes_path(const LoraParams& p, int planes, cudaStream_t stream
   shape.threads = kThreads;
   shape.smem_bytes = sizeof(WideItem);
   shape.overlap = true;
-  return launch<&add_planes_kernel>(device, shape, task, stream);
+  return launch<&add_planes_kernel<kInPlace>>(device, shape, task, stream);
+}
+
+}  // namespace
+
+cudaError_t add_planes_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  return launch_add<false>(p, planes, stream);
+}
+
+cudaError_t sum_planes_path(const LoraParams& p, int planes, cudaStream_t stream) {
+  return launch_add<true>(p, planes, stream);
 }
 
 }  // namespace polylora::cuda

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
         if (threadIdx.x < kWideTileRows) token[threadIdx.x] = token_of(params.tokens, item.row[threadIdx.x]);
         __syncthreads();
       }
-      load_v(smem_v, pitch, task, item, s, {row, row + rows}, params.operands);
+      load_v<T, true>(smem_v, pitch, task, item, s, {row, row + rows}, params.operands);
       stream.run(smem_v, pitch, token);
     }
   }

@@ -38,8 +38,6 @@ constexpr int kPanelBytes = 32 * 1024;  // of B
 // and 20.6, r64 32.5 and 29.1.
 constexpr bool adds_through_l2(int tiles_of_pass) { return tiles_of_pass <= 4; }
 
-constexpr int kSliceUnits = 4;  // what beginning another slice costs a block, in units: latencies
-
 // What a block of a cluster takes of the outputs: neighbouring units, slice after slice.
 struct Stretch {
   int slice = -1, first = 0, count = 0;
@@ -369,6 +367,15 @@ int planes_of(const LoraParams& p, int parts) {
 
 }  // namespace
 
+bool wide_leaves_idle(const LoraParams& p) {
+  Device device;
+  if (current_device(device) != cudaSuccess || device.major != 9) return false;
+  WideClusters clusters{};
+  if (clusters_of(p, device, clusters) != cudaSuccess || clusters.count < 1) return false;
+  const int64_t tiles = divide_up(p.rows, kWideTileRows);
+  return tiles * clusters.blocks * 5 < divide_up(tiles, clusters.count) * device.sms * 4;
+}
+
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   Device device;
   WideClusters clusters{};
@@ -389,7 +396,7 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   const int planes = planes_of(p, clusters.blocks);
   if (planes > 0) set_planes(task, p, planes);
   task.follows_own = p.plan.runs == Runs::kLong;
-  if (p.y != nullptr && clusters.blocks >= task.slices) share_parts(task, clusters.blocks);
+  if (p.y != nullptr && clusters.blocks >= task.slices) share_by_slices(task, clusters.blocks);
   const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);
   const int tiles = expected_rank_tiles(p);
   return dispatch_16_bit(

@@ -21,12 +21,15 @@ bool wide_embedding_serves(const EmbeddingParams& params);
 /// linear for prefill in one launch (9.0); without y: shrink. `bytes`: of scratch.
 cudaError_t wide_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_wide_path(const LoraParams& params, cudaStream_t stream);
+/// Whether its clusters leave a fifth of the SMs without work.
+bool wide_leaves_idle(const LoraParams& params);
 
 /// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v. With
-/// planes, expand follows shrink in the same call.
+/// planes, expand follows shrink in the same call. `sum_planes_path` leaves their sum in the first of them.
 cudaError_t mma_parts(const LoraParams& params, int& parts);
 cudaError_t shrink_mma_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t add_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t sum_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t expand_wide_path(const LoraParams& params, int planes, cudaStream_t stream);
 
 /// embedding of many rows: in one launch (9.0), and in two with scratch (8.0 and later).
