@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 #: Decode steps left out after the first one in which all requests decode.
 SETTLE = 4
+#: Steps after those that a time per output token is made of, at least.
+LEAST_STEPS = 4
+#: Tokens of a step, unless there are more requests.
+STEP_TOKENS = 8192
 WRAPPERS = {
     "base": set(),
     "vllm": {"vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"},
@@ -75,11 +79,18 @@ def measure(engine: Any, batch: Sequence[Request], clock: Callable[[], float] = 
     if batch[0].output == 1:
         return found
     ends = max(runs, key=len)[SETTLE:]
-    if len(ends) < 4:
-        raise RuntimeError(f"{len(batch)} requests decoded together for {len(ends)} steps after {SETTLE}, need 4")
+    if len(ends) < LEAST_STEPS:
+        raise RuntimeError(f"{len(batch)} requests decoded together for {len(ends)} steps after {SETTLE}, "
+                           f"need {LEAST_STEPS}")  # fmt: skip
     steps = sorted(1e3 * (b - a) for a, b in zip(ends, ends[1:], strict=False))
     mean = 1e3 * (ends[-1] - ends[0]) / len(steps)
     return found | {"tpot": mean, "step": steps[len(steps) // 2], "steps": len(steps)}
+
+
+def least_output(batch: int, prompt: int, step_tokens: int = STEP_TOKENS) -> int:
+    """Tokens that requests, submitted at once, have to decode for the first to be there long enough after the last one's
+    prompt: prompts take ``step_tokens`` a step, less one for each request that decodes already."""
+    return -(-batch * prompt // max(step_tokens - batch, 1)) + SETTLE + LEAST_STEPS
 
 
 def generate(engine: Any, batch: Sequence[Request]) -> dict[str, dict[str, list]]:
@@ -160,7 +171,7 @@ def settings(spec: dict) -> dict[str, Any]:
     found = {
         "model": spec["model"], "load_format": spec["weights"], "skip_tokenizer_init": True, "dtype": "bfloat16",
         "seed": 0, "generation_config": "vllm", "enable_prefix_caching": False, "disable_log_stats": True,
-        "max_model_len": spec["length"], "max_num_seqs": batch, "max_num_batched_tokens": max(8192, batch),
+        "max_model_len": spec["length"], "max_num_seqs": batch, "max_num_batched_tokens": max(STEP_TOKENS, batch),
         "gpu_memory_utilization": 0.85, "worker_extension_cls": "engine_side.Worker",
         "compilation_config": {"cudagraph_capture_sizes": spec["batches"]},
     }  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 
 import engine_models
 import engine_report
+import engine_side
 import polylora
 from engine_report import SIDES
 from polylora.bench import report
@@ -75,6 +76,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.slots is not None and arguments.slots < most and not arguments.compare:
         parser.error(f"--slots must be at least {most}, the most of --adapters, unless with --compare, "
                      f"got {arguments.slots}")  # fmt: skip
+    batch, prompt = max(arguments.batch), arguments.prompt[0]
+    chunk = arguments.engine.get("max_num_batched_tokens", engine_side.STEP_TOKENS)
+    if not arguments.compare and arguments.output < (bound := engine_side.least_output(batch, prompt, chunk)):
+        parser.error(f"--output must be at least {bound}, for {batch} requests of {prompt} tokens to decode together, "
+                     f"got {arguments.output}")  # fmt: skip
     if max(arguments.ranks) > 512:
         parser.error(f"--ranks must be at most 512, got {max(arguments.ranks)}")
     if unknown := set(arguments.sides) - set(SIDES):

@@ -118,6 +118,47 @@ def test_time_per_output_token_is_that_of_steps_in_which_all_decode():
     assert sample["steps"] == 29 - engine_side.SETTLE - 1
 
 
+@pytest.mark.parametrize("batch, prompt, tokens", [(1, 128, 8192), (8, 2048, 8192), (32, 2048, 8192), (128, 128, 512)])
+def test_least_output_is_just_enough(batch, prompt, tokens):
+    class Chunked(MadeUpEngine):
+        """Prompts in steps of so many tokens, one of them for each request that decodes."""
+
+        def __init__(self):
+            super().__init__()
+            self.left = {}
+
+        def add(self, request):
+            self.left[request.name] = [len(request.prompt), request.output]
+
+        def busy(self):
+            return bool(self.left)
+
+        def step(self):
+            self.now += 0.015
+            room, outputs = tokens, []
+            for name, left in list(self.left.items()):
+                part = min(left[0], room) if left[0] else 1
+                room -= part
+                left[0] -= min(left[0], part)
+                if part == 0 or left[0]:
+                    continue
+                left[1] -= 1
+                outputs.append((name, [1], None))
+                if left[1] == 0:
+                    del self.left[name]
+            return outputs
+
+    least = engine_side.least_output(batch, prompt, tokens)
+    for output in (least, least + 3):
+        engine = Chunked()
+        sample = engine_side.measure(engine, engine_side.requests(batch, prompt, output, 1), lambda e=engine: e.now)
+        assert sample["steps"] >= engine_side.LEAST_STEPS - 1
+    if batch > 1 and prompt > 128:
+        engine = Chunked()
+        with pytest.raises(RuntimeError, match="decoded together"):
+            engine_side.measure(engine, engine_side.requests(batch, prompt, least - 2, 1), lambda: engine.now)
+
+
 def test_one_token_has_no_decode_steps():
     engine = MadeUpEngine()
     sample = engine_side.measure(engine, engine_side.requests(2, 16, 1, 1), lambda: engine.now)
@@ -351,7 +392,7 @@ def test_slots(small, more, adapters, slots):
     [["--output", "2"], ["--engine", "x"], ["--sides", "tgi"], ["--ranks", "1024"], ["--model", "/nowhere"],
      ["--plot", "x.pdf"], ["--json", "/nowhere/x"], ["--batch", "0"], ["--compare", "--slots", "0"],
      ["--adapters", "1,8", "--slots", "7"], ["--adapters", "-3"], ["--adapters", "a"], ["--layers", "0"],
-     ["--work", "/nowhere"]],
+     ["--work", "/nowhere"], ["--batch", "32", "--prompt", "2048", "--output", "16"]],
 )  # fmt: skip
 def test_bad_usage(wrong):
     with pytest.raises(SystemExit) as stop:
