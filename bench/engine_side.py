@@ -88,8 +88,8 @@ def measure(engine: Any, batch: Sequence[Request], clock: Callable[[], float] = 
 
 
 def least_output(batch: int, prompt: int, step_tokens: int = STEP_TOKENS) -> int:
-    """Tokens that requests, submitted at once, have to decode for the first to be there long enough after the last one's
-    prompt: prompts take ``step_tokens`` a step, less one for each request that decodes already."""
+    """Tokens that requests, submitted at once, have to decode for the first to be there long enough after the prompt of
+    the last: prompts take ``step_tokens`` a step, less one for each request that decodes already."""
     return -(-batch * prompt // max(step_tokens - batch, 1)) + SETTLE + LEAST_STEPS
 
 

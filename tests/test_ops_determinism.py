@@ -19,9 +19,10 @@ from cases import (
 
 SHAPES = pytest.mark.parametrize(
     "shape",
-    [{"k": 99, "widths": (111, 19)}, {"k": 256, "widths": (256, 64, 64), "aligned": True}],
-    ids=["odd", "aligned"],
-)
+    [{"k": 99, "widths": (111, 19)}, {"k": 256, "widths": (256, 64, 64), "aligned": True},
+     {"k": 1024, "widths": (136, 64), "aligned": True}],
+    ids=["odd", "aligned", "K in many parts"],
+)  # fmt: skip
 
 
 def linear_on(case, rows: list[int], y0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

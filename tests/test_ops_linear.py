@@ -332,6 +332,15 @@ def test_many_outputs_of_many_tiles(device, dtype, path, ids, rank):
     run_linear(make_dense_case(device, dtype, rows=300, groups=20, ids=ids, **shape), path)
 
 
+@pytest.mark.trap(4, 7)
+@pytest.mark.parametrize("ids, groups", [("segments", 4), ("mixed", 4), ("skewed", 32)])
+@pytest.mark.parametrize("widths, rank", [((3200,), 100), ((72, 136), 100), ((72, 136), 16)])
+def test_prefill_whose_k_many_blocks_share(device, dtype, path, ids, groups, widths, rank):
+    """On CUDA, of mma: three planes of v and more; of many outputs at rank 100 that is the first choice."""
+    shape = {"k": 1024, "widths": widths, "ranks": (rank, 16), "aligned": True, "absent": 0.1}
+    run_linear(make_dense_case(device, dtype, rows=600, groups=groups, ids=ids, **shape), path)
+
+
 @pytest.mark.trap(4)
 def test_eight_slices_of_rank_256(device, dtype, path):
     run_linear(

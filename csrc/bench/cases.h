@@ -368,6 +368,8 @@ inline std::vector<Case> small_cases(Op op) {
       cases.push_back(parse_case(shape + "," + batch, op));
     }
   }
+  // three planes of v and more; outputs enough for mma instead of wide
+  if (op != Op::kEmbedding) cases.push_back(parse_case("k=1024,n=3200,r=100,m=300,a=3", op));
   return cases;
 }
 

@@ -359,23 +359,17 @@ cudaError_t wide_of(LoraParams p) {
   return cuda::linear_wide_path(p, nullptr);
 }
 
-template <bool kSums>
+template <bool kAdds>
 cudaError_t mma_pieces(LoraParams p) {
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int parts = 0;
   cuda::mma_parts(p, parts);
   const GuardedBytes scratch(cuda::plane_bytes(p, parts));
   p.scratch = scratch.data();
-  cudaError_t error = cuda::shrink_mma_path(p, parts, nullptr);
-  hide_until_waited(scratch);  // all else is there: expand may count on shrink's having waited
-  if (kSums && error == cudaSuccess) {
-    error = cuda::sum_planes_path(p, parts, nullptr);
-    hide_until_waited(scratch);
-    parts = 1;
-  }
-  return error == cudaSuccess ? cuda::expand_wide_path(p, parts, nullptr) : error;
+  // all else is there: the next may count on shrink's having waited
+  return cuda::linear_mma_path(p, parts, kAdds ? 1 : parts + 1, [&] { hide_until_waited(scratch); }, nullptr);
 }
-constexpr auto mma_of = mma_pieces<false>, mma_summed_of = mma_pieces<true>;
+constexpr auto mma_of = mma_pieces<false>, mma_added_of = mma_pieces<true>;
 
 template <auto kExpand, bool kBeside>
 cudaError_t narrow_launches(LoraParams p) {
@@ -419,8 +413,8 @@ cudaError_t all_runs(Problem& problem) {
   return kOf(problem.params());
 }
 constexpr Path cluster = all_runs<cluster_of>, wide = all_runs<wide_of>, mma = all_runs<mma_of>,
-               mma_summed = all_runs<mma_summed_of>, narrow = all_runs<narrow_of>,
-               narrow_apart = apart_of<narrow_deltas>, wide_apart = apart_of<wide_deltas>;
+               mma_added = all_runs<mma_added_of>, narrow = all_runs<narrow_of>, narrow_apart = apart_of<narrow_deltas>,
+               wide_apart = apart_of<wide_deltas>;
 
 // Short runs first, then the others.
 template <auto kShort, auto kLong>
@@ -473,7 +467,7 @@ cudaError_t mma_shrink(LoraParams p) {
   p.scratch = scratch.data();
   const cudaError_t error = cuda::shrink_mma_path(p, parts > 1 ? parts : 0, nullptr);
   hide_until_waited(scratch);
-  return error == cudaSuccess && parts > 1 ? cuda::add_planes_path(p, parts, nullptr) : error;
+  return error == cudaSuccess && parts > 1 ? cuda::add_planes_to_v_path(p, parts, nullptr) : error;
 }
 
 cudaError_t mma_halves(Problem& problem) { return halves(problem.params(), mma_shrink); }
@@ -621,7 +615,7 @@ void many_outputs() {
 
 // More planes of v than are added at once, of tiles that are not full.
 void many_parts() {
-  for (const auto& [name, path] : {std::pair<std::string, Path>{"mma", mma}, {"mma summed", mma_summed}}) {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"mma", mma}, {"mma added", mma_added}}) {
     for (int64_t k : {256, 768, 2304, 4096}) {
       run(name + " parts of K " + std::to_string(k), path,
           {DType::kBFloat16, 150, k, {64, 24}, 3, {40, 8}, "segments"});
@@ -641,7 +635,10 @@ void balanced_slices() {
       task.units += static_cast<int32_t>(cuda::divide_up(width, cuda::kUnitN));
     }
     cuda::share_by_slices(task, blocks);
-    return task.first_part[task.slices] == blocks;
+    const bool is_own = task.first_part[task.slices] == blocks;
+    const auto parts = std::minmax_element(task.first_part, task.first_part + task.slices + 1);
+    CHECK(is_own || *parts.second == 0, "an even share, but %d first parts are there", *parts.second);
+    return is_own;
   };
   CHECK(own({4096, 1024, 1024}, 6), "4, 1 and 1 blocks");
   CHECK(own({4096, 1024, 1024}, 16), "many blocks");
@@ -651,6 +648,8 @@ void balanced_slices() {
   CHECK(own({14336, 14336}, 9), "an odd number that hardly matters");
   CHECK(own({64, 64, 64, 64}, 4), "slices of a unit, where beginning another costs more than it");
   CHECK(own({4096}, 2), "one slice");
+  CHECK(!own({64, 64}, 9), "more blocks than units");
+  CHECK(!own({4096, 0}, 2) && own({4096, 64, 0}, 66), "a slice of no outputs");
 }
 
 // A row's bits do not depend on where it stands in the batch, nor on the adapters of the others.
@@ -698,6 +697,7 @@ void odd_calls() {
                                    {"narrow", narrow},
                                    {"wide", wide},
                                    {"mma", mma},
+                                   {"mma added", mma_added},
                                    {"narrow apart", narrow_apart},
                                    {"wide apart", wide_apart}}) {
     Problem no_room({DType::kBFloat16, 3, 64, {64, 24}, 2, {16}}, 1);
@@ -730,6 +730,7 @@ void odd_calls() {
 void prefill() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"wide", wide},
                                    {"mma", mma},
+                                   {"mma added", mma_added},
                                    {"wide halves", wide_halves},
                                    {"mma halves", mma_halves}}) {
     run(name + " rows 300", path, {DType::kBFloat16, 300, 320, {128, 64}, 3, {16, 40}, "segments"});
@@ -771,6 +772,8 @@ void prefill() {
     cuda::emulated_device = {0, 9, 132, 227 * 1024};
   }
   cuda::emulated_device = {0, 8, 84, 99 * 1024};  // 8.6: v of few rows at a time, half the ranks a pass over x
+  run("8.6, many ranks, added", mma_added,
+      {DType::kBFloat16, 150, 1024, {64, 200}, 2, {200, 130, 64, 256}, "segments"});
   run("8.6, many ranks", mma, {DType::kBFloat16, 150, 128, {64, 200}, 2, {200, 130, 64, 256}, "segments"});
   run("8.6, halves of many ranks", mma_halves, {DType::kFloat16, 140, 64, {72}, 1, {256}, "one"});
   cuda::emulated_device = {0, 9, 132, 227 * 1024};
@@ -780,7 +783,8 @@ void prefill() {
 void mixed_lengths() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster and wide", by_length<cluster_of, wide_of>},
                                    {"narrow and wide", by_length<narrow_of, wide_of>},
-                                   {"narrow and mma", by_length<narrow_of, mma_of>}}) {
+                                   {"narrow and mma", by_length<narrow_of, mma_of>},
+                                   {"cluster and mma added", by_length<cluster_of, mma_added_of>}}) {
     for (const char* ids : {"mixed", "lengths", "none", "one"}) {
       Shape shape{DType::kBFloat16, 300, 320, {128, 64}, 12, {16, 40, 0, 8}, ids};
       run(name + ", " + ids, path, shape);
@@ -828,7 +832,7 @@ int main() {
   testing::any_shape("cluster", testing::cluster, 32);
   testing::any_shape("wide", testing::wide, 8);
   testing::any_shape("mma", testing::mma, 8);
-  testing::any_shape("mma summed", testing::mma_summed, 8);
+  testing::any_shape("mma added", testing::mma_added, 8);
   testing::any_shape("wide halves", testing::wide_halves, 8);
   testing::any_shape("narrow", testing::narrow, 32);
   testing::any_shape("narrow apart", testing::narrow_apart, 32);

@@ -150,19 +150,26 @@ void linear_by_rows() {
 
 // Many ranks and outputs: shrink, the sum of its planes, expand, where clusters leave SMs idle.
 void many_ranks_and_outputs() {
-  cuda::emulated_device.sms = 26;  // 3 tiles, of which each has a cluster of 6
+  cuda::emulated_device.sms = 26;  // 3 tiles, of which each has a cluster of 6: 18 SMs
   Call call(257, 768, {4544, 64}), fewer_outputs(257, 768, {4480, 64}), fewer_ranks(257, 768, {4544, 64});
-  call.p.v_width = fewer_outputs.p.v_width = 130;
+  Call few(256, 776, {4544, 128}), slots(600, 768, {4544, 64}, 16), fewer_slots(600, 768, {4544, 64}, 12);
+  for (Call* c : {&call, &fewer_outputs, &few, &slots, &fewer_slots}) c->p.v_width = 130;
   fewer_ranks.p.v_width = 128;
-  expect("65 ranks, three outputs for each of K of both slices", linear(call), "3");
+  expect("65 ranks, three outputs for each element of K of both slices", linear(call), "3");
   expect("fewer outputs", linear(fewer_outputs), "1c");
   expect("64 ranks", linear(fewer_ranks), "1c");
+  expect("few rows, of a K that clusters of decode do not take", linear(few), "1c");
   expect("wide forced", linear(call, "wide"), "1c");
   setenv("POLYLORA_BATCH_INVARIANT", "1", 1);
   expect("batch-invariant", linear(call), "1c");
   unsetenv("POLYLORA_BATCH_INVARIANT");
-  cuda::emulated_device.sms = 20;
-  expect("no SM is idle", linear(call), "1c");
+  cuda::emulated_device.sms = 24;
+  expect("a quarter of the SMs is idle", linear(call), "3");
+  cuda::emulated_device.sms = 23;
+  expect("fewer SMs are idle", linear(call), "1c");
+  cuda::emulated_device.sms = 41;  // 5 tiles, of which each has a cluster of 6
+  expect("12 adapters", linear(fewer_slots), "3");
+  expect("16 adapters, whose short runs are decode's", linear(slots), "2cc");
   cuda::emulated_device.sms = 9;  // 3 parts of K, of 3 tiles
   expect("three parts", linear(call, "mma"), "3");
   cuda::emulated_device.sms = 8;

@@ -1,6 +1,6 @@
 // Adds the planes of v that blocks of shrink wrote, each over its part of K, in their order: into v, the end of the
-// public shrink where linear_wide.cu does not run; or into the first plane, before expand_wide.cu, of whose blocks each
-// would else read all planes of its tile. A block takes 16 rows of a wide tile.
+// public shrink where linear_wide.cu does not run; or in place, into the first plane, before expand_wide.cu, of whose
+// blocks each would else read all planes of its tile. A block takes 16 rows of a wide tile.
 #include "linear/paths.h"
 #include "linear/wide.cuh"
 
@@ -13,9 +13,10 @@ constexpr int kRows = 16;
 template <bool kInPlace>
 __global__ void __launch_bounds__(kThreads, 4) add_planes_kernel(const __grid_constant__ LinearTask task) {
   WideItem& item = *reinterpret_cast<WideItem*>(ptx::dynamic_smem());
+  // shrink waited before it let this begin: so all before it is done, and expand may read all but v at once
   ptx::launch_next_grid();
   const int index = blockIdx.x / (kWideTileRows / kRows);
-  WideJob::read(task, item, index);  // shrink waited for all that came before it
+  WideJob::read(task, item, index);
   ptx::wait_for_previous_grid();
   const int begin = blockIdx.x % (kWideTileRows / kRows) * kRows;
   if (index >= item.tiles) return;
@@ -47,11 +48,11 @@ cudaError_t launch_add(const LoraParams& p, int planes, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t add_planes_path(const LoraParams& p, int planes, cudaStream_t stream) {
+cudaError_t add_planes_to_v_path(const LoraParams& p, int planes, cudaStream_t stream) {
   return launch_add<false>(p, planes, stream);
 }
 
-cudaError_t sum_planes_path(const LoraParams& p, int planes, cudaStream_t stream) {
+cudaError_t add_planes_in_place_path(const LoraParams& p, int planes, cudaStream_t stream) {
   return launch_add<true>(p, planes, stream);
 }
 

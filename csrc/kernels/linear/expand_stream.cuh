@@ -56,8 +56,8 @@ template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 /// v of slice s of rows [rows.begin, rows.end) of the item to shared memory; of sums, the one rounding happens here,
-/// unscaled as in the plain formula. Who reads v syncs before. kSummed: there often is one plane alone.
-template <typename T, bool kSummed = false>
+/// unscaled as in the plain formula. Who reads v syncs before.
+template <typename T, bool kOftenOnePlane = false>
 __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item, int s,
                                        Part rows, const Operands& operands = {}) {
   const int rank = item.rank[s];
@@ -131,7 +131,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
         }
       }
     };
-    if (kSummed && task.planes == 1) return add_all(Constant<6>{}, Constant<1>{});
+    if (kOftenOnePlane && task.planes == 1) return add_all(Constant<6>{}, Constant<1>{});
     if (task.planes <= 2) return add_all(Constant<4>{}, Constant<2>{});
     if (task.planes <= 4) return add_all(Constant<2>{}, Constant<4>{});
     return add_all(Constant<1>{}, Constant<8>{});

@@ -3,7 +3,7 @@
 //   cluster  decode in one launch, 16-bit, aligned, 9.0 and later: linear_cluster.cu
 //   wide     prefill in one launch, 16-bit, aligned, 9.0: linear_wide.cu, embedding_wide.cu
 //   mma      as a device of 8.0 runs it, decode: shrink_narrow.cu, expand_narrow.cu; prefill: shrink_wide.cu,
-//            expand_wide.cu
+//            add_planes.cu, expand_wide.cu
 //   general  everything: *_general.cu
 //
 // shrink on its own and embedding know wide, mma and general; expand mma and general, and so do deltas of decode and
@@ -47,15 +47,16 @@ bool splits_runs(const LoraParams& params, Path path) {
          narrow_shrink_serves(params) && !is_forced("wide") && !batch_invariant() && !is_few(params);
 }
 
-// Many ranks and outputs: expand is nearly all of it, and bound by shared memory and instructions, of which clusters
-// leave some to idle SMs. H200, wide and mma, us: 14336 outputs r128 M1024 60.0 and 53.3, M4096 157 and 140, M6144 224
-// and 197; gate_up r128 M512 67.2 and 62.4, M1024 118 and 92.6, M4096 291 and 273, M6144 425 and 373, M8192 (no SM is
-// idle) 447 and 512; r96 M2048 138 and 140. Fewer outputs: qkvz r128 M2048 91.0 and 105.
+// Many ranks and outputs of prefill: expand is nearly all of it, and bound by shared memory and instructions, of which
+// clusters leave some to idle SMs. H200, 4 adapters, wide and mma, us: 14336 outputs r128 M1024 60.0 and 53.3, M4096
+// 157 and 140, M6144 224 and 197; gate_up r128 M512 67.2 and 62.3, M1024 118 and 92.6, M4096 291 and 273, M6144 425 and
+// 373; r96 M2048 138 and 140. Where fewer SMs are idle: M8192 447 and 512, M2560 183 and 182. Fewer outputs: qkvz r128
+// M2048 91.0 and 105. Not measured beside short runs.
 bool is_mostly_expand(const LoraParams& params) {
   constexpr int64_t kFewRanks = 64, kOutputsOfK = 3;  // of the K of all slices
   return even_rank(params) > kFewRanks &&
-         sum_of_widths(params.slices) >= kOutputsOfK * params.k * params.slices.count && !batch_invariant() &&
-         wide_leaves_idle(params);
+         sum_of_widths(params.slices) >= kOutputsOfK * params.k * params.slices.count && !is_few(params) &&
+         params.slices.groups < kManyAdapters && !batch_invariant() && wide_leaves_idle(params);
 }
 
 cudaError_t choose_linear(const LoraParams& params, Path& path) {
@@ -67,7 +68,7 @@ cudaError_t choose_linear(const LoraParams& params, Path& path) {
                           params.rows > params.slices.groups * int64_t{kTileRows / 2};
   const bool heavy =
       cluster && narrow_shrink_serves(params) && (decode_weight_bytes(params) >= kHeavyBytes || full_tiles);
-  const bool in_pieces = heavy || (!cluster && wide && is_mostly_expand(params));
+  const bool in_pieces = heavy || (wide && is_mostly_expand(params));
   return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path,
                 in_pieces ? Path::kMma : Path::kCluster);
 }
@@ -103,11 +104,6 @@ cudaError_t choose_embedding(const EmbeddingParams& params, Path& path) {
                 is_short_lookup(params) ? Path::kMma : Path::kWide);
 }
 
-// Planes of v from which on they are added by a launch of its own. Each block of expand would add all of its tile's
-// (o r128 M2048: 138 MB from L2, 69 with the launch). H200, o, without and with it, us: r16 M2048 27.3 and 26.2,
-// r64 34.3 and 30.4, r128 54.3 and 42.4, M1024 51.8 and 31.5; gate_up r16 M2048 90.9 and 92.1, r128 150 and 143.
-constexpr int kPartsToSum = 3;
-
 // How the mma path shares K.
 struct MmaSplit {
   bool narrow;
@@ -139,16 +135,9 @@ cudaError_t launch_linear(const LoraParams& params, Path path, cudaStream_t stre
     MmaSplit split{};
     cudaError_t error = mma_split(params, split);
     if (error != cudaSuccess) return error;
-    if (split.narrow) {
-      error = shrink_narrow_path(params, split.parts, stream);
-      return error == cudaSuccess ? expand_narrow_path(params, split.parts, stream) : error;
-    }
-    error = shrink_mma_path(params, split.parts, stream);
-    if (error == cudaSuccess && split.parts >= kPartsToSum) {
-      error = sum_planes_path(params, split.parts, stream);
-      split.parts = 1;
-    }
-    return error == cudaSuccess ? expand_wide_path(params, split.parts, stream) : error;
+    if (!split.narrow) return linear_mma_path(params, split.parts, kPartsToAdd, [] {}, stream);
+    error = shrink_narrow_path(params, split.parts, stream);
+    return error == cudaSuccess ? expand_narrow_path(params, split.parts, stream) : error;
   }
   return linear_general_path(params, stream);
 }
@@ -268,7 +257,7 @@ cudaError_t shrink(const LoraParams& params, cudaStream_t stream) {
   int parts = 0;
   error = mma_parts(params, parts);
   if (error == cudaSuccess) error = shrink_mma_path(params, parts > 1 ? parts : 0, stream);
-  return error == cudaSuccess && parts > 1 ? add_planes_path(params, parts, stream) : error;
+  return error == cudaSuccess && parts > 1 ? add_planes_to_v_path(params, parts, stream) : error;
 }
 
 cudaError_t expand(const LoraParams& params, cudaStream_t stream) {

@@ -44,7 +44,7 @@ struct Stretch {
 
   // The next one with any units; false after the last.
   __device__ __forceinline__ bool next(const LinearTask& task, const WideItem& item, int part, int parts) {
-    // Where the group has all slices, each has blocks of its own, as far as there are enough.
+    // where the group has all slices, and the host gave each blocks of its own (share_by_slices)
     int present = 0, all = -kSliceUnits, before = 0;
 #pragma unroll 1
     for (int s = 0; s < task.slices; ++s) {
@@ -373,7 +373,7 @@ bool wide_leaves_idle(const LoraParams& p) {
   WideClusters clusters{};
   if (clusters_of(p, device, clusters) != cudaSuccess || clusters.count < 1) return false;
   const int64_t tiles = divide_up(p.rows, kWideTileRows);
-  return tiles * clusters.blocks * 5 < divide_up(tiles, clusters.count) * device.sms * 4;
+  return tiles * clusters.blocks * 4 <= divide_up(tiles, clusters.count) * device.sms * 3;
 }
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {

@@ -21,16 +21,36 @@ bool wide_embedding_serves(const EmbeddingParams& params);
 /// linear for prefill in one launch (9.0); without y: shrink. `bytes`: of scratch.
 cudaError_t wide_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_wide_path(const LoraParams& params, cudaStream_t stream);
-/// Whether its clusters leave a fifth of the SMs without work.
+/// Whether its clusters leave a quarter of the SMs without work.
 bool wide_leaves_idle(const LoraParams& params);
 
 /// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v. With
-/// planes, expand follows shrink in the same call. `sum_planes_path` leaves their sum in the first of them.
+/// planes, expand follows shrink in the same call. What is to be added goes into v, or into the first plane.
 cudaError_t mma_parts(const LoraParams& params, int& parts);
 cudaError_t shrink_mma_path(const LoraParams& params, int planes, cudaStream_t stream);
-cudaError_t add_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
-cudaError_t sum_planes_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t add_planes_to_v_path(const LoraParams& params, int planes, cudaStream_t stream);
+cudaError_t add_planes_in_place_path(const LoraParams& params, int planes, cudaStream_t stream);
 cudaError_t expand_wide_path(const LoraParams& params, int planes, cudaStream_t stream);
+
+/// Planes of v from which on they are added by a launch of its own. Each block of expand would add all of its tile's: o
+/// r128 M2048 142 MB from L2, with the launch 80, and 15 for it. H200, o, without and with it, us: r16 M2048 27.3 and
+/// 26.2, r64 34.3 and 30.4, r128 54.3 and 42.4, M1024 51.8 and 31.5; gate_up r16 M2048 90.9 and 92.1, r128 150 and 143.
+/// Not measured where no launch may begin early (8.x).
+inline constexpr int kPartsToAdd = 3;
+
+/// linear in those pieces. `between`: called after each but the last.
+template <typename Between>
+cudaError_t linear_mma_path(const LoraParams& params, int parts, int parts_to_add, Between&& between,
+                            cudaStream_t stream) {
+  cudaError_t error = shrink_mma_path(params, parts, stream);
+  between();
+  if (error == cudaSuccess && parts >= parts_to_add) {
+    error = add_planes_in_place_path(params, parts, stream);
+    between();
+    parts = 1;
+  }
+  return error == cudaSuccess ? expand_wide_path(params, parts, stream) : error;
+}
 
 /// embedding of many rows: in one launch (9.0), and in two with scratch (8.0 and later).
 cudaError_t embedding_wide_path(const EmbeddingParams& params, cudaStream_t stream);
