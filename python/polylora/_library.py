@@ -51,6 +51,10 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+#: Why a library has no CUDA kernels.
+NO_KERNELS = "no nvcc at build time, or POLYLORA_CUDA=OFF"
+
+
 def has_cuda_kernels() -> bool:
-    """Whether the library was built with the CUDA kernels (nvcc was there at build time)."""
+    """Whether the library was built with the CUDA kernels; if not: :data:`NO_KERNELS`."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("polylora::plan", "CUDA")

@@ -67,12 +67,14 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
+    from polylora._library import NO_KERNELS
+
     values = _collect_info()
     if arguments.json:
         print(json.dumps(values, indent=1))
         return DONE
     print(f"polylora {values['polylora']}  ({values['library']})")
-    print("CUDA kernels: " + ("built in" if values["cuda_kernels"] else "not built in (no nvcc at build time)"))
+    print("CUDA kernels: " + ("built in" if values["cuda_kernels"] else f"not built in ({NO_KERNELS})"))
     print("versions:     " + ", ".join(f"{k} {v}" for k, v in values["versions"].items()))
     print("devices:      " + "; ".join(values["devices"]))
     print("ops:          " + ", ".join(values["ops"]))

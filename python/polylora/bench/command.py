@@ -179,10 +179,11 @@ def _why_no_gpu() -> str:
     import torch
 
     import polylora
+    from polylora._library import NO_KERNELS
 
     if not torch.cuda.is_available():
         return "no CUDA device is there (torch.cuda.is_available() is false)"
-    return "" if polylora.has_cuda_kernels() else "this build has no CUDA kernels (no nvcc at build time)"
+    return "" if polylora.has_cuda_kernels() else f"this build has no CUDA kernels ({NO_KERNELS})"
 
 
 def _own_paths(arguments: argparse.Namespace) -> list[str]:
