@@ -165,8 +165,8 @@ inline void share_parts(LinearTask& task, int parts) {
 
 inline constexpr int kSliceUnits = 4;  // what beginning another slice costs a block, in units: latencies
 
-/// The same with `blocks`, unless an even share of all outputs leaves the busiest block so much less that it makes up
-/// for beginning a second slice: then first_part stays all zero. H200, us, own blocks and even: 3 blocks, 4096 rows of
+/// The same with `blocks`, unless the busiest of them has more than 1.15 times an even share of all outputs, in which
+/// some begin a second slice: then first_part stays all zero. H200, us, own blocks and even: 3 blocks, 4096 rows of
 /// qkv r16 59.5 and 49.2, of gate_up r16 193 and 163, r128 417 and 291; 5, 2560 rows of qkvz r64 76.7 and 61.4. At 1.12
 /// times an even share (9, 1024 rows) qkv r16 19.1 and 19.8, r64 29.0 and 30.6, gate_up r16 48.5 and 53.4, r64 63.0 and
 /// 59.9, at 1.25 (8, 1536 rows; 4, 3072) qkvz r16 34.9 and 36.1, 62.8 and 59.5, r64 46.2 and 45.3, 77.2 and 71.0.
