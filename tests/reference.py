@@ -6,6 +6,8 @@ the comparisons. Nothing here imports the package, so that a mistake there canno
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -166,18 +168,22 @@ def check_plan(
             runs.append([row_group[row], position, 0])
         runs[-1][2] += 1
 
-    def tiles_of(size: int) -> list[tuple[int, int, int, int]]:
-        """(group, pos, rows, run) of the tiles of up to ``size`` rows, none across two runs."""
+    def tiles_of(cut: Callable[[int], int]) -> list[tuple[int, int, int, int]]:
+        """(group, pos, rows, run) of the tiles of ``cut(rows of the run)`` rows, the run's last one of the rest."""
         return [
-            (group, start + first, min(size, length - first), run)
+            (group, start + first, min(cut(length), length - first), run)
             for run, (group, start, length) in enumerate(runs)
-            for first in range(0, length, size)
+            for first in range(0, length, cut(length))
         ]
+
+    def even(length: int) -> int:
+        """As few tiles of up to WIDE_TILE_ROWS as can be, of an even share each, rounded up to TILE_ROWS."""
+        return round_up(math.ceil(length / math.ceil(length / WIDE_TILE_ROWS)), TILE_ROWS)
 
     def is_short(tile: tuple[int, int, int, int]) -> bool:
         return runs[tile[3]][2] <= SHORT_RUN
 
-    tiles, wide_tiles = tiles_of(TILE_ROWS), tiles_of(WIDE_TILE_ROWS)
+    tiles, wide_tiles = tiles_of(lambda _: TILE_ROWS), tiles_of(even)
 
     header = {name: words[word] for name, word in HEADER.items()}
     want = {

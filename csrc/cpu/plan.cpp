@@ -50,9 +50,10 @@ void group_rows(int32_t* plan, int64_t rows, int64_t groups, int64_t mapped_pair
     for (int32_t done = 0; done < count; done += kTileRows) {
       tile[at_tile[is_short]++] = {static_cast<int32_t>(group), active + done, std::min(kTileRows, count - done), runs};
     }
-    for (int32_t done = 0; done < count; done += kWideTileRows) {
+    const int32_t wide_rows = rows_of_wide_tiles(count);
+    for (int32_t done = 0; done < count; done += wide_rows) {
       wide_tile[at_wide_tile[is_short]++] = {static_cast<int32_t>(group), active + done,
-                                             std::min(kWideTileRows, count - done), runs};
+                                             std::min(wide_rows, count - done), runs};
     }
     max_run = std::max(max_run, count);
     if (is_short) max_short = std::max(max_short, count);

@@ -39,13 +39,15 @@ void check_plan(const std::vector<int32_t>& plan, const Expected& want, int64_t 
                     {group, start + done, std::min(size, count - done), static_cast<int32_t>(run_group.size())});
       }
     };
+    int32_t even = kTileRows;  // the smallest multiple that needs as few tiles as can be
+    while ((count + even - 1) / even > (count + kWideTileRows - 1) / kWideTileRows) even += kTileRows;
     if (count <= kShortRun) {
       longest_short = std::max(longest_short, count);
       cut(kTileRows, tiles);
       cut(kWideTileRows, short_wide_tiles);
     } else {
       cut(kTileRows, long_tiles);
-      cut(kWideTileRows, wide_tiles);
+      cut(even, wide_tiles);
     }
     run_group.push_back(group);
     run_start.push_back(start);

@@ -81,6 +81,13 @@ POLYLORA_HD constexpr int64_t plan_max_blocks(int64_t rows, int64_t groups) {
   return rows <= kPlanOneLaunchRows ? 16 : min64(16 + rows / (groups > 0 ? groups : 1), 128);
 }
 
+/// Rows of each wide tile of a run but its last: an even share, in tiles of decode, as the longest tile is waited for.
+POLYLORA_HD constexpr int32_t rows_of_wide_tiles(int32_t run_rows) {
+  const int32_t tiles = (run_rows - 1) / kWideTileRows + 1;
+  return ((run_rows - 1) / tiles / kTileRows + 1) * kTileRows;
+}
+static_assert(kWideTileRows % kTileRows == 0);  // as many tiles as of kWideTileRows
+
 /// What a block of the plan's kernels tells the others: words of its own in the workspace, before the counts.
 inline constexpr int64_t kPlanBlockWords = 8;
 

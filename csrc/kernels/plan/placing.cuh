@@ -77,11 +77,14 @@ __device__ __forceinline__ void place_strip(const PlanTask& task, const Rows& ro
   }
 }
 
-template <int kRows>
-__device__ __forceinline__ void write_run_tiles(Tile* to, const LongRun& run, int first, int step) {
-  for (int32_t i = first; i < (run.rows + kRows - 1) / kRows; i += step) {
-    to[i] = {run.group, run.start + i * kRows, min(kRows, run.rows - i * kRows), run.run};
+__device__ __forceinline__ void write_tiles_of(Tile* to, int32_t rows, const LongRun& run, int first, int step) {
+  for (int32_t i = first; i * rows < run.rows; i += step) {
+    to[i] = {run.group, run.start + i * rows, min(rows, run.rows - i * rows), run.run};
   }
+}
+__device__ __forceinline__ void write_run_tiles(const PlanTask& task, const LongRun& run, int first, int step) {
+  write_tiles_of(task.tile + run.tile, kTileRows, run, first, step);
+  write_tiles_of(task.wide_tile + run.wide_tile, rows_of_wide_tiles(run.rows), run, first, step);
 }
 
 /// Runs and tiles of the block's groups. A thread writes those of a run that has one wide tile, a warp those of others,
@@ -104,8 +107,7 @@ __device__ __forceinline__ void write_runs(const PlanTask& task, const RunCounts
       task.run_group[run.run] = run.group;
       task.run_start[run.run] = run.start;
       if (rows <= kWideTileRows) {
-        write_run_tiles<kTileRows>(task.tile + run.tile, run, 0, 1);
-        write_run_tiles<kWideTileRows>(task.wide_tile + run.wide_tile, run, 0, 1);
+        write_run_tiles(task, run, 0, 1);
       } else {
         smem.long_run[atomicAdd(&smem.long_runs, 1)] = run;
       }
@@ -118,8 +120,7 @@ __device__ __forceinline__ void write_runs(const PlanTask& task, const RunCounts
       if (!of_block && i % kPlanWarps != static_cast<int>(threadIdx.x) / 32) continue;
       const int first = of_block ? threadIdx.x : threadIdx.x % 32;
       const int step = of_block ? kPlanThreads : 32;
-      write_run_tiles<kTileRows>(task.tile + run.tile, run, first, step);
-      write_run_tiles<kWideTileRows>(task.wide_tile + run.wide_tile, run, first, step);
+      write_run_tiles(task, run, first, step);
     }
     __syncthreads();
     if (threadIdx.x == 0) smem.long_runs = 0;  // the next scan's barriers come before its next use

@@ -145,9 +145,10 @@ __global__ void __launch_bounds__(kThreads) plan_few_rows(const __grid_constant_
       task.tile[before.next_tile(run_rows, all) + offset / kTileRows] = {mine, place, min(kTileRows, end - place),
                                                                          before.runs};
     }
-    if (offset % kWideTileRows == 0) {
-      task.wide_tile[before.next_wide_tile(run_rows, all) + offset / kWideTileRows] = {
-          mine, place, min(kWideTileRows, end - place), before.runs};
+    const int wide_rows = rows_of_wide_tiles(run_rows);
+    if (offset % wide_rows == 0) {
+      task.wide_tile[before.next_wide_tile(run_rows, all) + offset / wide_rows] = {
+          mine, place, min(wide_rows, end - place), before.runs};
     }
   }
   if (place == 0) {
