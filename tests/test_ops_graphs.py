@@ -68,28 +68,42 @@ def graph_cases(dtype, shape, patterns, rows=ROWS, groups=8) -> list:
     return cases
 
 
+def replay_all(cases) -> None:
+    """Captures the first, and replays it with the content of each."""
+    live = cases[0]
+
+    def step() -> None:
+        ops.plan(live.plan, live.group_ids, len(live.adapters))
+        ops.linear_(**live.linear_args())
+
+    graph = captured(step)
+    for i, case in enumerate(cases):
+        load(live, case)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_parts(case.parts, live.y.view)
+        live.y.before = case.y.before
+        live.y.assert_written_only(f"replay {i}", written(case.parts, live.y.view.shape))
+        assert int(live.plan[6]) == case.invalid
+
+
 @pytest.mark.trap(3, 10)
 @SHAPES
 @pytest.mark.parametrize("rows, groups", [(ROWS, 8), (512, 4), (1100, 20)])
 def test_graph_captured_once_replays_for_every_mix(device, dtype, path, rows, groups, shape):
     """Captured with one adapter; replayed with more segments than then, with others, with {base, one}, with none."""
     patterns = ["one", "mixed", "segments", "base_and_one", "none", "skewed", "two_segments", "invalid", "mixed"]
-    cases = graph_cases(dtype, shape, patterns, rows, groups)
-    live = cases[0]
+    replay_all(graph_cases(dtype, shape, patterns, rows, groups))
 
-    def step() -> None:
-        ops.plan(live.plan, live.group_ids, groups)
-        ops.linear_(**live.linear_args())
 
-    graph = captured(step)
-    for pattern, case in zip(patterns, cases, strict=False):
-        load(live, case)
-        graph.replay()
-        torch.cuda.synchronize()
-        check_parts(case.parts, live.y.view)
-        live.y.before = case.y.before
-        live.y.assert_written_only(f"replay of {pattern}", written(case.parts, live.y.view.shape))
-        assert int(live.plan[6]) == case.invalid
+@pytest.mark.trap(3)
+@pytest.mark.parametrize("rank", [16, 100])
+def test_graph_of_more_tiles_than_clusters(device, dtype, path, rank):
+    """Two launches of wide, of which the second begins before the first is over."""
+    shape = {"k": 1056, "widths": (72, 40), "aligned": True, "ranks": (rank, 8), "slot_rank": rank}
+    one, even, ragged = [0] * 8505, [row // 1215 for row in range(8505)], [min(row // 130, 6) for row in range(8505)]
+    patterns = [one, even, "none", ragged, "mixed", even]
+    replay_all(graph_cases(dtype, shape, patterns, 8505, 7))
 
 
 @pytest.mark.trap(3)

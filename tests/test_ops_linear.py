@@ -341,6 +341,18 @@ def test_prefill_whose_k_many_blocks_share(device, dtype, path, ids, groups, wid
     run_linear(make_dense_case(device, dtype, rows=600, groups=groups, ids=ids, **shape), path)
 
 
+@pytest.mark.trap(4, 7)
+@pytest.mark.parametrize("lengths", [[8500], [1215] * 7, [750] * 12, [7180] + [130] * 14],
+                         ids=["67 tiles", "70 of 72", "72 of 77", "85 of 77"])  # fmt: skip
+@pytest.mark.parametrize("rank", [16, 100])
+def test_prefill_of_more_tiles_than_clusters(device, dtype, path, lengths, rank):
+    """On CUDA, of wide, how many tiles there are of those expected: what 66 clusters of two leave over has a launch
+    beside them."""
+    ids = [group for group, rows in enumerate(lengths) for _ in range(rows)]
+    shape = {"k": 1056, "widths": (72, 40), "ranks": (rank, 8), "aligned": True, "absent": 0.1}
+    run_linear(make_dense_case(device, dtype, groups=len(lengths), ids=ids, **shape), path)
+
+
 @pytest.mark.trap(4)
 def test_eight_slices_of_rank_256(device, dtype, path):
     run_linear(

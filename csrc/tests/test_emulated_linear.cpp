@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <tuple>
 
 #include "check.h"
 #include "emulated.h"
@@ -238,7 +239,10 @@ class Problem {
       const uint64_t token = random_.chance(0.5) ? random_.bits() : static_cast<uint64_t>(random_.between(0, shape_.k));
       if (random_.chance(0.7)) std::memcpy(tokens_->data() + r * 8, &token, 8);
     }
-    emulator::options().previous_grid = truth;
+    // before the call's first launch; what comes before a later one is that
+    emulator::options().previous_grid = [truth, before = cuda::launches.size()] {
+      if (cuda::launches.size() == before + 1) truth();
+    };
   }
 
   /// Deltas are rounded before they are added.
@@ -422,7 +426,6 @@ cudaError_t by_length(Problem& problem) {
   LoraParams p = problem.params();
   p.plan = short_runs(problem.params().plan);
   const cudaError_t error = kShort(p);
-  emulator::options().previous_grid = nullptr;
   p.plan = long_runs(problem.params().plan);
   return error == cudaSuccess ? kLong(p) : error;
 }
@@ -760,6 +763,19 @@ void prefill() {
       run(name + ", many ranks on " + std::to_string(sms) + " SMs", path,
           {DType::kBFloat16, 200, 512, {128, 64}, 5, {64, 40, 8, 100}, "segments"});
     }
+    for (int sms : {4, 7}) {  // 2 or 3 clusters of two: of 4 or 5 tiles some have clusters of their own
+      cuda::emulated_device.sms = sms;
+      for (const auto& [tiles, groups, ids] :
+           {std::tuple<std::string, int, std::string>{"as many as expected", 1, "one"},
+            {"none", 1, "none"},
+            {"fewer", 12, "one"},
+            {"one more", 12, "segments"},
+            {"more", 20, "segments"}}) {
+        const std::string what = name + ", tiles left over on " + std::to_string(sms) + " SMs, " + tiles;
+        run(what, path, {DType::kBFloat16, 520, 512, {128, 64}, groups, {8, 40}, ids});
+        run(what + ", many ranks", path, {DType::kFloat16, 520, 512, {64, 72}, groups, {100, 30, 33}, ids});
+      }
+    }
     cuda::emulated_device.sms = 132;
   }
   run("large blocks of expand", mma, {DType::kBFloat16, 16, 64, {8192, 40}, 16, {16, 0, 70, 8}, "each"});
@@ -791,6 +807,10 @@ void mixed_lengths() {
       shape.dtype = DType::kFloat16;
       shape.groups = 70;
       run(name + " of many groups, " + ids, path, shape);
+      shape.k = 512;
+      cuda::emulated_device.sms = 4;  // clusters of two, and larger ones of what they leave over
+      run(name + " of many groups on 4 SMs, " + ids, path, shape);
+      cuda::emulated_device.sms = 132;
     }
   }
 }

@@ -70,6 +70,7 @@ class Call {
   std::string run(const char* path, Op op) {
     called.clear();
     cuda::launches.clear();
+    emulator::grids().clear();
     emulator::options().previous_grid = nullptr;
     setenv("POLYLORA_PATH", path, 1);
     const cudaError_t error = op(p);
@@ -151,9 +152,10 @@ void linear_by_rows() {
 // Many ranks and outputs: shrink, the sum of its planes, expand, where clusters leave SMs idle.
 void many_ranks_and_outputs() {
   cuda::emulated_device.sms = 26;  // 3 tiles, of which each has a cluster of 6: 18 SMs
-  Call call(257, 768, {4544, 64}), fewer_outputs(257, 768, {4480, 64}), fewer_ranks(257, 768, {4544, 64});
-  Call few(256, 776, {4544, 128}), slots(600, 768, {4544, 64}, 16), fewer_slots(600, 768, {4544, 64}, 12);
-  for (Call* c : {&call, &fewer_outputs, &few, &slots, &fewer_slots}) c->p.v_width = 130;
+  Call call(257, 768, {4544, 64}, 1), fewer_outputs(257, 768, {4480, 64}, 1), fewer_ranks(257, 768, {4544, 64}, 1);
+  Call few(256, 776, {4544, 128}, 1), slots(600, 768, {4544, 64}, 16), fewer_slots(600, 768, {4544, 64}, 5);
+  Call more_slots(600, 768, {4544, 64}, 6);
+  for (Call* c : {&call, &fewer_outputs, &few, &slots, &fewer_slots, &more_slots}) c->p.v_width = 130;
   fewer_ranks.p.v_width = 128;
   expect("65 ranks, three outputs for each element of K of both slices", linear(call), "3");
   expect("fewer outputs", linear(fewer_outputs), "1c");
@@ -167,13 +169,46 @@ void many_ranks_and_outputs() {
   expect("a quarter of the SMs is idle", linear(call), "3");
   cuda::emulated_device.sms = 23;
   expect("fewer SMs are idle", linear(call), "1c");
-  cuda::emulated_device.sms = 41;  // 5 tiles, of which each has a cluster of 6
-  expect("12 adapters", linear(fewer_slots), "3");
+  cuda::emulated_device.sms = 41;  // 5 tiles, or some more: clusters of 5 and 4
+  expect("5 adapters", linear(fewer_slots), "3");
+  expect("6 adapters", linear(more_slots), "1c");
   expect("16 adapters, whose short runs are decode's", linear(slots), "2cc");
   cuda::emulated_device.sms = 9;  // 3 parts of K, of 3 tiles
   expect("three parts", linear(call, "mma"), "3");
   cuda::emulated_device.sms = 8;
   expect("two parts", linear(call, "mma"), "2");
+  cuda::emulated_device.sms = 132;
+}
+
+// Wide tiles left over by clusters of two have a launch of their own.
+void tiles_left_over() {
+  cuda::emulated_device.sms = 8;  // 4 clusters of two
+  Call four(512, 512, {64, 32}, 1), five(513, 512, {64, 32}, 1), seven(897, 512, {64, 32}, 1);
+  Call five_probably(513, 512, {64, 32}, 2), eight(1024, 512, {64, 32}, 1), short_k(513, 256, {64, 32}, 1);
+  Call slots(1900, 512, {64, 32}, 64), wide_v(513, 512, {64, 32}, 1);
+  wide_v.p.v_width = 256;
+  expect("4 tiles", linear(four, "wide"), "1c");
+  expect("5 tiles", linear(five, "wide"), "2cc");
+  expect("5 tiles of many ranks", linear(wide_v, "wide"), "2cc");
+  expect("5 or 6 tiles", linear(five_probably, "wide"), "2cc");
+  expect("7 tiles, of which each of the last 3 has a cluster of two", linear(seven, "wide"), "1c");
+  expect("8 tiles", linear(eight, "wide"), "1c");
+  expect("a K of four chunks", linear(short_k, "wide"), "1c");
+  // the second may start once all before the first is done, and ends after it; so after decode's
+  const auto check_order = [](const char* what, size_t launches) {
+    const std::vector<emulator::GridOrder>& grids = emulator::grids();
+    CHECK(grids.size() == launches && !grids[0].starts_next_before_wait, "%s: the next starts early", what);
+    for (size_t i = 0; i < grids.size(); ++i) CHECK(!grids[i].ends_before_wait, "%s: launch %zu ends early", what, i);
+  };
+  expect("5 tiles, again", linear(five, "wide"), "2cc");
+  check_order("5 tiles", 2);
+  expect("64 slots, whose short runs are decode's", linear(slots), "3cc");
+  check_order("64 slots", 3);
+  expect("4 tiles, again", linear(four, "wide"), "1c");
+  CHECK(emulator::grids()[0].starts_next_before_wait, "a launch alone lets the next start at once");
+  setenv("POLYLORA_BATCH_INVARIANT", "1", 1);
+  expect("batch-invariant", linear(five, "wide"), "1c");
+  unsetenv("POLYLORA_BATCH_INVARIANT");
   cuda::emulated_device.sms = 132;
 }
 
@@ -198,6 +233,7 @@ int main() {
   polylora::testing::deltas_by_shape();
   polylora::testing::linear_by_rows();
   polylora::testing::many_ranks_and_outputs();
+  polylora::testing::tiles_left_over();
   polylora::testing::sums_by_shape();
   return polylora::testing::report();
 }

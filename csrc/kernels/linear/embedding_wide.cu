@@ -131,7 +131,8 @@ cudaError_t embedding_wide_path(const EmbeddingParams& e, cudaStream_t stream) {
   WideClusters clusters{};
   cudaError_t error = current_device(device);
   if (error == cudaSuccess) {  // two blocks at least: st.async is illegal without a cluster
-    error = largest_clusters<&embedding_wide<__nv_bfloat16>>(p, device, kThreads, kSmem, 2, kMaxParts, clusters);
+    error = best_clusters<&embedding_wide<__nv_bfloat16>>(expected_wide_tiles(p, PartialTiles::kOnAverage), device,
+                                                          kThreads, kSmem, 2, kMaxParts, clusters);
   }
   if (error != cudaSuccess) return error;
   const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);

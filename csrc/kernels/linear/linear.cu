@@ -49,14 +49,16 @@ bool splits_runs(const LoraParams& params, Path path) {
 
 // Many ranks and outputs of prefill: expand is nearly all of it, and bound by shared memory and instructions, of which
 // clusters leave some to idle SMs. H200, 4 adapters, wide and mma, us: 14336 outputs r128 M1024 60.0 and 53.3, M4096
-// 157 and 140, M6144 224 and 197; gate_up r128 M512 67.2 and 62.3, M1024 118 and 92.6, M4096 291 and 273, M6144 425 and
-// 373; r96 M2048 138 and 140. Where fewer SMs are idle: M8192 447 and 512, M2560 183 and 182. Fewer outputs: qkvz r128
-// M2048 91.0 and 105. Not measured beside short runs.
+// 157 and 140, M6144 224 and 197; gate_up r128 M512 67.2 and 62.3, M1024 118 and 95.7, M2048 181 and 156, M4096 291 and
+// 282, M6144 425 and 373; r96 M2048 138 and 140. 5 adapters, gate_up r128 M1024, M2048, M4096 109 and 96, 170 and 167,
+// 292 and 290, 7 adapters 98 and 123, 170 and 170, 293 and 291. Where fewer SMs are idle: M8192 447 and 512, M2560 183
+// and 182. Fewer outputs: qkvz r128 M2048 91.0 and 105.
 bool is_mostly_expand(const LoraParams& params) {
   constexpr int64_t kFewRanks = 64, kOutputsOfK = 3;  // of the K of all slices
-  return even_rank(params) > kFewRanks &&
+  constexpr int64_t kFewAdapters = 5;
+  return even_rank(params) > kFewRanks && params.slices.groups <= kFewAdapters &&
          sum_of_widths(params.slices) >= kOutputsOfK * params.k * params.slices.count && !is_few(params) &&
-         params.slices.groups < kManyAdapters && !batch_invariant() && wide_leaves_idle(params);
+         !batch_invariant() && wide_leaves_idle(params);
 }
 
 cudaError_t choose_linear(const LoraParams& params, Path& path) {

@@ -13,7 +13,8 @@
 //
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
 // Where that was decode's kernel for the short runs of the same call, nothing that is read here may change: both run
-// side by side. The order of all sums depends on the capacities of the call alone.
+// side by side. The order of all sums depends on the capacities of the call alone; and, of more tiles than clusters of
+// two, on which launch takes the tile.
 #include "linear/exchange.cuh"
 #include "linear/paths.h"
 
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     if (b_early()) stream.start_last_panel();
   };
 
-  ptx::launch_next_grid();
+  if (!task.holds_next || task.follows_own) ptx::launch_next_grid();
   if (!kThroughL2 && threadIdx.x == 0) exchange.init();
   WideJob::read(task, item, blockIdx.x / parts());
   bool guess = !task.follows_own;
@@ -150,7 +151,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
       const Copies copies(task, item, base);
       const Part chunks = chunks_of(task, ptx::cluster_rank(), parts());
-      if (guess) ptx::wait_for_previous_grid();
+      if (guess) {
+        ptx::wait_for_previous_grid();
+        if (task.holds_next) ptx::launch_next_grid();
+      }
       // read before all of x is asked for: else it would come last
       const bool differs = guess && WideJob::differs(task, item);
       const bool real = item.index < item.tiles && item.rank_tiles > 0;
@@ -321,7 +325,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       }
       wait_for_v();
     }
-    const int next = item.index + gridDim.x / parts();
+    int next = item.index + gridDim.x / parts();
+    if (item.index < task.skip_at && next >= task.skip_at) next += task.skipped_tiles;
     if (next >= item.tiles) break;
     __syncthreads();
     WideJob::read(task, item, next);
@@ -349,14 +354,37 @@ cudaError_t launch_wide(int rank_tiles, const Device& device, const LaunchShape&
 
 constexpr int kMaxParts = 16;
 
-// A cluster's blocks are the parts of K.
-cudaError_t clusters_of(const LoraParams& p, const Device& device, WideClusters& clusters) {
+// Which clusters take the tiles. A cluster's blocks are the parts of K.
+struct WideLaunches {
+  WideClusters all;
+  WideClusters few;  // of a launch beside that one; blocks 0: none
+  int first, count;  // tiles of that launch
+};
+
+// More tiles than clusters of two: those left over have larger clusters, as the others would take a second turn as
+// long as the first. Those beyond the expected ones the first launch's clusters take in turn.
+cudaError_t launches_of(const LoraParams& p, const Device& device, WideLaunches& launches) {
+  const auto best = [&](int64_t tiles, int least, int most, WideClusters& clusters) {
+    return best_clusters<&linear_wide<__nv_bfloat16, 1>>(tiles, device, kThreads, kSmem, least, most, clusters);
+  };
+  launches = {};
+  if (batch_invariant()) return best(1, 4, 4, launches.all);
   // alone where a block's sums are v; else two that share the outputs, and st.async is illegal without a cluster
-  int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
+  const int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
   const int64_t half_of_k = divide_up(p.k, kChunkK) / 2;
-  int most = half_of_k < least ? least : static_cast<int>(min64(half_of_k, kMaxParts));
-  if (batch_invariant()) least = most = 4;
-  return largest_clusters<&linear_wide<__nv_bfloat16, 1>>(p, device, kThreads, kSmem, least, most, clusters);
+  const int most = half_of_k < least ? least : static_cast<int>(min64(half_of_k, kMaxParts));
+  const int64_t tiles = expected_wide_tiles(p, PartialTiles::kNearlyAlways);
+  cudaError_t error = best(1, least, least, launches.all);
+  if (error != cudaSuccess || launches.all.count < 1) return error;
+  const int64_t left = tiles % launches.all.count;
+  if (left == tiles || left == 0) return best(tiles, least, most, launches.all);
+  WideClusters few;
+  error = best(left, least, most, few);
+  if (few.blocks == least) return error;  // as well all in one launch
+  launches.few = few;
+  launches.first = static_cast<int>(tiles - left);
+  launches.count = static_cast<int>(divide_up(left, few.count) * few.count);
+  return error;
 }
 
 // Planes of v in scratch: one for each part, or one for the sums of more ranks than shared memory has room for.
@@ -370,37 +398,56 @@ int planes_of(const LoraParams& p, int parts) {
 bool wide_leaves_idle(const LoraParams& p) {
   Device device;
   if (current_device(device) != cudaSuccess || device.major != 9) return false;
-  WideClusters clusters{};
-  if (clusters_of(p, device, clusters) != cudaSuccess || clusters.count < 1) return false;
+  WideLaunches launches;
+  if (launches_of(p, device, launches) != cudaSuccess || launches.all.count < 1 || launches.few.blocks > 0)
+    return false;
   const int64_t tiles = divide_up(p.rows, kWideTileRows);
-  return tiles * clusters.blocks * 4 <= divide_up(tiles, clusters.count) * device.sms * 3;
+  return tiles * launches.all.blocks * 4 <= divide_up(tiles, launches.all.count) * device.sms * 3;
 }
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   Device device;
-  WideClusters clusters{};
+  WideLaunches launches{};
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = clusters_of(p, device, clusters);
-  bytes = plane_bytes(p, planes_of(p, clusters.blocks));
+  if (error == cudaSuccess) error = launches_of(p, device, launches);
+  const int64_t few = plane_bytes(p, planes_of(p, launches.few.blocks));
+  bytes = plane_bytes(p, planes_of(p, launches.all.blocks));
+  if (launches.few.blocks > 0 && few > bytes) bytes = few;
   return error;
 }
 
 cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
-  LinearTask task = wide_task(p);
+  const LinearTask task = wide_task(p);
   if (task.max_tiles == 0 || (p.y != nullptr && task.units == 0)) return cudaSuccess;
   Device device;
-  WideClusters clusters{};
+  WideLaunches launches;
   cudaError_t error = current_device(device);
-  if (error == cudaSuccess) error = clusters_of(p, device, clusters);
+  if (error == cudaSuccess) error = launches_of(p, device, launches);
+  const auto launch = [&](LinearTask of_launch, const WideClusters& clusters) {
+    const int planes = planes_of(p, clusters.blocks);
+    if (planes > 0) set_planes(of_launch, p, planes);
+    if (p.y != nullptr && clusters.blocks >= task.slices) share_by_slices(of_launch, clusters.blocks);
+    const LaunchShape shape = cluster_shape(of_launch, clusters, kThreads, kSmem);
+    return dispatch_16_bit(p.dtype, [&](auto element) {
+      return launch_wide<decltype(element)>(expected_rank_tiles(p), device, shape, of_launch, stream);
+    });
+  };
   if (error != cudaSuccess) return error;
-  const int planes = planes_of(p, clusters.blocks);
-  if (planes > 0) set_planes(task, p, planes);
-  task.follows_own = p.plan.runs == Runs::kLong;
-  if (p.y != nullptr && clusters.blocks >= task.slices) share_by_slices(task, clusters.blocks);
-  const LaunchShape shape = cluster_shape(task, clusters, kThreads, kSmem);
-  const int tiles = expected_rank_tiles(p);
-  return dispatch_16_bit(
-      p.dtype, [&](auto element) { return launch_wide<decltype(element)>(tiles, device, shape, task, stream); });
+  const bool follows_own = p.plan.runs == Runs::kLong;
+  LinearTask all = task;
+  all.follows_own = follows_own;
+  const int left = task.max_tiles - launches.first;
+  if (launches.few.blocks == 0 || left <= 0) return launch(all, launches.all);
+  all.holds_next = true;
+  all.skip_at = launches.first;
+  all.skipped_tiles = launches.count;
+  error = launch(all, launches.all);
+  LinearTask few = task;
+  few.follows_own = true;
+  few.tile += launches.first;
+  few.tiles_before = launches.first;
+  few.max_tiles = left < launches.count ? left : launches.count;
+  return error == cudaSuccess ? launch(few, launches.few) : error;
 }
 
 }  // namespace polylora::cuda

@@ -46,6 +46,8 @@ struct LinearTask {
   int32_t k;
   int32_t rows, groups;  // that the plan must have been made for
   int32_t max_tiles;
+  int32_t tiles_before;              // of the header's count: another launch's
+  int32_t skip_at, skipped_tiles;    // linear_wide: from this tile on so many are another launch's
   int32_t tiles_word, longest_word;  // of the plan's header: how many tiles there are; decode: rows of the longest run
   int32_t slices;
   int32_t v_width;       // that the caller allows the table

@@ -53,6 +53,7 @@ struct Machine {
   bool previous_ended = false;
   bool previous_lingers = false;  // until nothing else can run
   uint32_t previous_end = 0;      // what griddepcontrol.wait waits for
+  std::vector<GridOrder> grids;
   std::vector<Thread*> ready;
   std::unordered_map<const uint32_t*, std::vector<Thread*>> waiting;
   std::vector<void*> stacks;
@@ -91,6 +92,7 @@ void fiber_main() {
   (*machine.kernel)();
   Thread& me = *machine.current;
   me.done = true;
+  if (!me.has_waited) machine.grids.back().ends_before_wait = true;
   --me.block->alive;
   --me.block->cluster->alive;
   release_if_complete(*me.block);
@@ -244,6 +246,8 @@ void run_cluster(const Launch& launch, unsigned index) {
 
 Options& options() { return machine.options; }
 
+std::vector<GridOrder>& grids() { return machine.grids; }
+
 // not inlined: the thread that runs after a switch is another one
 __attribute__((noinline)) Thread& self() { return *machine.current; }
 
@@ -251,6 +255,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   machine.kernel = &kernel;
   machine.random = testing::Random(machine.options.seed);
   machine.previous_ended = false;
+  machine.grids.push_back({});
   if (machine.options.grid_begins) machine.options.grid_begins();
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   if (blocks % static_cast<unsigned>(launch.cluster) != 0 ||
@@ -283,9 +288,19 @@ void advance(uint32_t& counter) {
 }
 
 void previous_grid_ended() {
-  if (machine.previous_ended) return;
-  if (machine.previous_lingers) return wait_until_changed(machine.previous_end, machine.previous_end);
-  end_previous_grid();
+  Thread& me = *machine.current;
+  if (!machine.previous_ended) {
+    if (machine.previous_lingers) {
+      wait_until_changed(machine.previous_end, machine.previous_end);
+    } else {
+      end_previous_grid();
+    }
+  }
+  me.has_waited = me.block->has_waited = true;
+}
+
+void next_grid_may_start() {
+  if (!machine.current->block->has_waited) machine.grids.back().starts_next_before_wait = true;
 }
 
 void previous_grid_may_write() {

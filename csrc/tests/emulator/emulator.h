@@ -61,7 +61,7 @@ struct Thread {
   Warp* warp = nullptr;
   void* stack_pointer = nullptr;
   uint32_t cluster_generation = 0;  // of the last arrive
-  bool done = false;
+  bool done = false, has_waited = false;
   std::vector<std::shared_ptr<Copy>> open_copies;              // cp.async not committed yet
   std::deque<std::vector<std::shared_ptr<Copy>>> copy_groups;  // cp.async groups, oldest first
   std::vector<std::function<void()>> open_wgmma;
@@ -77,6 +77,7 @@ struct Block {
   int arrived = 0;
   uint32_t generation = 0;
   int or_value = 0, or_result = 0;
+  bool has_waited = false;
   std::vector<Warp> warps;
 };
 
@@ -107,6 +108,14 @@ struct Options {
 };
 Options& options();
 
+/// What some thread of a grid did before it had waited for the grid before, or without ever waiting. Grids run one
+/// after the other here; on a device these two decide which may run side by side.
+struct GridOrder {
+  bool starts_next_before_wait = false, ends_before_wait = false;
+};
+/// Of the grids since a test last cleared it.
+std::vector<GridOrder>& grids();
+
 /// The CUDA thread that runs now.
 Thread& self();
 
@@ -120,6 +129,7 @@ void wait_until_changed(const uint32_t& counter, uint32_t value);
 void advance(uint32_t& counter);
 
 void previous_grid_ended();
+void next_grid_may_start();
 void previous_grid_may_write();
 void sync_threads();
 int sync_threads_or(int value);

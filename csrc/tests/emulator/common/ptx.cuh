@@ -140,7 +140,7 @@ inline int thread_again() { return static_cast<int>(emu::self().thread.x); }
 inline unsigned char* dynamic_smem() { return emu::self().block->smem; }
 
 inline void wait_for_previous_grid() { emu::previous_grid_ended(); }
-inline void launch_next_grid() {}
+inline void launch_next_grid() { emu::next_grid_may_start(); }
 
 // ---- clusters: a shared::cluster address is (rank << 20) + offset
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(emu::self().block->rank); }
