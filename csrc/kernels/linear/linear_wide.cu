@@ -15,6 +15,8 @@
 // Where that was decode's kernel for the short runs of the same call, nothing that is read here may change: both run
 // side by side. The order of all sums depends on the capacities of the call alone; and, of more tiles than clusters of
 // two, on which launch takes the tile.
+#include <algorithm>
+
 #include "linear/exchange.cuh"
 #include "linear/paths.h"
 
@@ -356,9 +358,9 @@ constexpr int kMaxParts = 16;
 
 // Which clusters take the tiles. A cluster's blocks are the parts of K.
 struct WideLaunches {
-  WideClusters all;
-  WideClusters few;  // of a launch beside that one; blocks 0: none
-  int first, count;  // tiles of that launch
+  WideClusters all{};
+  WideClusters few{};        // of a launch beside that one; blocks 0: none
+  int first = 0, count = 0;  // tiles of that launch
 };
 
 // More tiles than clusters of two: those left over have larger clusters, as the others would take a second turn as
@@ -367,7 +369,6 @@ cudaError_t launches_of(const LoraParams& p, const Device& device, WideLaunches&
   const auto best = [&](int64_t tiles, int least, int most, WideClusters& clusters) {
     return best_clusters<&linear_wide<__nv_bfloat16, 1>>(tiles, device, kThreads, kSmem, least, most, clusters);
   };
-  launches = {};
   if (batch_invariant()) return best(1, 4, 4, launches.all);
   // alone where a block's sums are v; else two that share the outputs, and st.async is illegal without a cluster
   const int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
@@ -407,12 +408,10 @@ bool wide_leaves_idle(const LoraParams& p) {
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   Device device;
-  WideLaunches launches{};
+  WideLaunches launches;
   cudaError_t error = current_device(device);
   if (error == cudaSuccess) error = launches_of(p, device, launches);
-  const int64_t few = plane_bytes(p, planes_of(p, launches.few.blocks));
-  bytes = plane_bytes(p, planes_of(p, launches.all.blocks));
-  if (launches.few.blocks > 0 && few > bytes) bytes = few;
+  bytes = plane_bytes(p, std::max(planes_of(p, launches.all.blocks), planes_of(p, launches.few.blocks)));
   return error;
 }
 
@@ -433,11 +432,9 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
     });
   };
   if (error != cudaSuccess) return error;
-  const bool follows_own = p.plan.runs == Runs::kLong;
   LinearTask all = task;
-  all.follows_own = follows_own;
-  const int left = task.max_tiles - launches.first;
-  if (launches.few.blocks == 0 || left <= 0) return launch(all, launches.all);
+  all.follows_own = p.plan.runs == Runs::kLong;
+  if (launches.few.blocks == 0) return launch(all, launches.all);
   all.holds_next = true;
   all.skip_at = launches.first;
   all.skipped_tiles = launches.count;
@@ -446,7 +443,7 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   few.follows_own = true;
   few.tile += launches.first;
   few.tiles_before = launches.first;
-  few.max_tiles = left < launches.count ? left : launches.count;
+  few.max_tiles = std::min(task.max_tiles - launches.first, launches.count);
   return error == cudaSuccess ? launch(few, launches.few) : error;
 }
 

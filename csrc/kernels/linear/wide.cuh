@@ -313,7 +313,7 @@ inline int64_t expected_wide_tiles(const LoraParams& p, PartialTiles partial) {
   constexpr int64_t kFewAdapters = 8;
   const int64_t tiles =
       divide_up(p.rows, kWideTileRows) + min64(p.slices.groups, kFewAdapters) * static_cast<int>(partial) / 4;
-  return p.plan.max_wide_tiles > 0 ? min64(tiles, p.plan.max_wide_tiles) : 1;
+  return min64(tiles, p.plan.max_wide_tiles);
 }
 
 /// Clusters that take a wide tile each.
@@ -339,13 +339,13 @@ struct Turns {
 template <auto kKernel>
 cudaError_t best_clusters(int64_t tiles, const Device& device, int threads, int smem_bytes, int least, int most,
                           WideClusters& best) {
+  const auto turns = [&](const WideClusters& c) { return Turns{divide_up(tiles, c.count), c.blocks}; };
   best = {least, 0};
   WideClusters clusters{};
   for (clusters.blocks = least; clusters.blocks <= most; ++clusters.blocks) {
     const cudaError_t error = resident_clusters<kKernel>(device, threads, smem_bytes, clusters.blocks, clusters.count);
     if (error != cudaSuccess) return error;
     if (clusters.count < 1) continue;
-    const auto turns = [&](const WideClusters& c) { return Turns{divide_up(tiles, c.count), c.blocks}; };
     if (best.count < 1 || turns(clusters).are_over_before(turns(best))) best = clusters;
   }
   return cudaSuccess;
