@@ -778,6 +778,21 @@ void prefill() {
     }
     cuda::emulated_device.sms = 132;
   }
+  // panel after panel of B, in pairs of pieces and not, the last ones cut off, of tiles with rows for one warpgroup or
+  // two
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"wide", wide}, {"mma", mma}}) {
+    for (int rank : {33, 64, 72, 96, 100, 128, 130, 192, 256}) {
+      for (int64_t rows : {53, 117}) {
+        Shape shape{DType::kBFloat16, rows, 64, {520, 296}, 1, {rank, 90}, "one"};
+        const std::string what = name + ", panels, rank " + std::to_string(rank) + ", rows " + std::to_string(rows);
+        run(what, path, shape);
+        shape.dtype = DType::kFloat16;
+        shape.odd_b = true;
+        shape.widths = {328, 360};
+        run(what + ", odd B", path, shape);
+      }
+    }
+  }
   run("large blocks of expand", mma, {DType::kBFloat16, 16, 64, {8192, 40}, 16, {16, 0, 70, 8}, "each"});
   run("large blocks of expand, halves", mma_halves, {DType::kFloat16, 16, 64, {8200}, 16, {16, 8, 256, 0}, "each"});
   for (int rank : {16, 64, 256}) {

@@ -155,11 +155,11 @@ void many_ranks_and_outputs() {
   Call call(257, 768, {4544, 64}, 1), fewer_outputs(257, 768, {4480, 64}, 1), fewer_ranks(257, 768, {4544, 64}, 1);
   Call few(256, 776, {4544, 128}, 1), slots(600, 768, {4544, 64}, 16), fewer_slots(600, 768, {4544, 64}, 5);
   Call more_slots(600, 768, {4544, 64}, 6);
-  for (Call* c : {&call, &fewer_outputs, &few, &slots, &fewer_slots, &more_slots}) c->p.v_width = 130;
-  fewer_ranks.p.v_width = 128;
-  expect("65 ranks, three outputs for each element of K of both slices", linear(call), "3");
+  for (Call* c : {&call, &fewer_outputs, &few, &slots, &fewer_slots, &more_slots}) c->p.v_width = 258;
+  fewer_ranks.p.v_width = 256;
+  expect("129 ranks, three outputs for each element of K of both slices", linear(call), "3");
   expect("fewer outputs", linear(fewer_outputs), "1c");
-  expect("64 ranks", linear(fewer_ranks), "1c");
+  expect("128 ranks", linear(fewer_ranks), "1c");
   expect("few rows, of a K that clusters of decode do not take", linear(few), "1c");
   expect("wide forced", linear(call, "wide"), "1c");
   setenv("POLYLORA_BATCH_INVARIANT", "1", 1);

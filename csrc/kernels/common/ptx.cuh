@@ -286,6 +286,12 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 /// wgmma.fence.sync.aligned: registers of accumulators are ready for wgmma
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+/// Behind wgmma_wait: nothing is done with these accumulators before it.
+__device__ __forceinline__ void use_after_wait(float (&acc)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(acc[i / 4][i % 4])::"memory");
+}
+
 /// wgmma.commit_group.sync.aligned
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -303,7 +309,8 @@ __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
 }
 
 // wgmma.mma_async.m64n{16 kTiles}k16.f32: d += x * weights^T. Rank tile i of 16: d[i][0..7]; lane 4g + t of warp w has
-// of rows 16w + g and 16w + g + 8 columns 16i + 2t, 16i + 2t + 1 of both, then the same of the second 8 columns.
+// of rows 16w + g and 16w + g + 8 columns 16i + 2t, 16i + 2t + 1 of both, then the same of the second 8 columns. x by a
+// descriptor, or from registers, as those of mma_m16n8k16.
 #define POLYLORA_TILE(i) \
   "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i][4]), "+f"(d[i][5]), "+f"(d[i][6]), "+f"(d[i][7])
 #define POLYLORA_WGMMA(n, type, registers, x_and_weights, ...)                                                      \
@@ -311,6 +318,11 @@ __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
                ", 1, 1, 1, 0, 0;"                                                                                   \
                : __VA_ARGS__                                                                                        \
                : "l"(x), "l"(weights))
+#define POLYLORA_WGMMA_ROWS(n, type, registers, rows_and_weights, ...)                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" registers "}, " rows_and_weights \
+               ", 1, 1, 1, 0;"                                                                                         \
+               : __VA_ARGS__                                                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights))
 #define POLYLORA_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define POLYLORA_REGISTERS_16 POLYLORA_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define POLYLORA_REGISTERS_32 \
@@ -325,6 +337,14 @@ __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
   __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
     POLYLORA_WGMMA(64, type, POLYLORA_REGISTERS_32, "%32, %33", POLYLORA_TILE(0), POLYLORA_TILE(1), POLYLORA_TILE(2), \
                    POLYLORA_TILE(3));                                                                                 \
+  }                                                                                                                   \
+  __device__ __forceinline__ void wgmma_m64n32k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {       \
+    POLYLORA_WGMMA_ROWS(32, type, POLYLORA_REGISTERS_16, "{%16, %17, %18, %19}, %20", POLYLORA_TILE(0),               \
+                        POLYLORA_TILE(1));                                                                            \
+  }                                                                                                                   \
+  __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {       \
+    POLYLORA_WGMMA_ROWS(64, type, POLYLORA_REGISTERS_32, "{%32, %33, %34, %35}, %36", POLYLORA_TILE(0),               \
+                        POLYLORA_TILE(1), POLYLORA_TILE(2), POLYLORA_TILE(3));                                        \
   }
 POLYLORA_WGMMAS(__nv_bfloat16, bf16)
 POLYLORA_WGMMAS(__half, f16)
@@ -332,6 +352,7 @@ POLYLORA_WGMMAS(__half, f16)
 #undef POLYLORA_REGISTERS_32
 #undef POLYLORA_REGISTERS_16
 #undef POLYLORA_REGISTERS_8
+#undef POLYLORA_WGMMA_ROWS
 #undef POLYLORA_WGMMA
 #undef POLYLORA_TILE
 #endif

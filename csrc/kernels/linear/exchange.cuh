@@ -51,7 +51,7 @@ class SumUnits {
 
   /// Of `tiles` rank tiles from `base` on. `by_block`: the pairs are the item's blocks of 32 ranks; else neighbours.
   __device__ __forceinline__ SumUnits(const WideItem& item, int base, int tiles, bool by_block, int parts)
-      : item_(item), base_(base), tiles_(tiles), by_block_(by_block), parts_(parts) {
+      : item_(item), base_(base), tiles_(tiles), by_block_(by_block), parts_(parts), lane_(ptx::thread_again() % 32) {
     pairs_ = by_block ? item.blocks : (tiles + 1) / 2;
     units_ = row_groups() * pairs_;
     per_part_ = 1.f / static_cast<float>(parts_);
@@ -93,8 +93,7 @@ class SumUnits {
     const int row_group = divide(index, per_pair_);
     const int pair = index - row_group * pairs_;
     const int tile = first_tile(pair);
-    return {row_group * kRows + static_cast<int>(threadIdx.x) % 32 / 4, pair, base_ + tile,
-            first_tile(pair + 1) - tile == 2};
+    return {row_group * kRows + lane_ / 4, pair, base_ + tile, first_tile(pair + 1) - tile == 2};
   }
 
   /// A fragment of the `slot`th own unit: the parts in their order.
@@ -115,7 +114,7 @@ class SumUnits {
   }
 
   __device__ __forceinline__ int at(int slot, int half, int part) const {
-    return ((slot * 2 + half) * parts_ + part) * kFragmentBytes + static_cast<int>(threadIdx.x) % 32 * 16;
+    return ((slot * 2 + half) * parts_ + part) * kFragmentBytes + lane_ * 16;
   }
 
   __device__ __forceinline__ int first_tile(int pair) const {
@@ -138,6 +137,7 @@ class SumUnits {
   const WideItem& item_;
   const int base_, tiles_;
   const bool by_block_;
+  const int lane_;
   const int parts_;
   int pairs_, units_;
   float per_part_, per_pair_, per_unit_;

@@ -3,8 +3,11 @@
 // A warp takes 16 rows and 32 outputs at a time, a piece of y, which comes through a ring of its own by cp.async; a
 // thread reads back only what it copied itself, so that no warp waits for another one. Only B is shared: in panels of
 // some hundred outputs, one in use and one on its way, with a barrier between them. Rows of the batch are on the M side
-// of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in narrow.cuh). v of the
-// tile and slice stays in shared memory, up to 64 ranks of it in registers, while a block walks its outputs.
+// of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in narrow.cuh). While a block
+// walks its outputs, up to 128 ranks of v of the tile and slice stay in registers.
+//
+// With mma, each warp reads B for its 16 rows: of 128 ranks 8 bytes for one of y. With wgmma four warps, 64 rows, read
+// it once.
 //
 // What keeps a stream from the memory's speed: too few bytes in flight (hence the ring), and too many instructions and
 // barriers for each of them (hence panels, and addresses that advance by constants).
@@ -48,6 +51,16 @@ struct StreamB {
     if (columns % 64 != 0) return b + 32 * i;
     return b + (i % 2 == 0 ? 32 * i : 32 * (i - 1) + ((g & 1) == 0 ? 32 : -32));
   }
+
+  /// Of panels in which a warp's neighbouring pieces are multiplied together: their outputs after each other.
+  __device__ __forceinline__ static int place_in_pairs(int n) {
+    return (place(n) & ~96) | (n & 32) << 1 | (n & 64) >> 1;
+  }
+
+  /// The same as wgmma wants it: 64 ranks of all `places` after each other, a row of 128 bytes each, swizzled.
+  __device__ __forceinline__ static int swizzled_at(int place, int places, int r) {
+    return (r / 64 * places + place) * 64 + (r % 64 ^ place % 8 * 8);
+  }
 };
 
 inline constexpr int kPieceBytes = 16 * 32 * 2;  // of y: 16 rows, 32 outputs
@@ -89,7 +102,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
       constexpr int kItems = decltype(items_at_once)::value;
       constexpr int kPlanes = decltype(planes_at_once)::value;
 #pragma unroll 1
-      for (int first = threadIdx.x; first < items; first += kItems * blockDim.x) {
+      for (int first = ptx::thread_again(); first < items; first += kItems * blockDim.x) {
         float4 sum[kItems][kPlanes];
         const auto load = [&](int plane) {
 #pragma unroll
@@ -139,7 +152,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
   if (operands.v != nullptr) {
     constexpr int kAtOnce = 4;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < items; first += kAtOnce * blockDim.x) {
+    for (int first = ptx::thread_again(); first < items; first += kAtOnce * blockDim.x) {
       uint2 bits[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -160,35 +173,35 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
   }
   const SliceEntry& entry = item.entry[s];
 #pragma unroll 1
-  for (int e = threadIdx.x; e < items; e += blockDim.x) {
+  for (int e = ptx::thread_again(); e < items; e += blockDim.x) {
     if (rank_of(e) >= columns) continue;
     put(e, round(load_v4(task, item.row[rows.begin + row_of(e)], entry.v_col, rank_of(e), rank)));
   }
 }
 
 // One panel of B, where its rows allow no 16-byte pieces. See ExpandStream for the layout.
-template <typename T>
-__device__ __forceinline__ void copy_b_slowly(T* to, const T* from, int64_t stride, int places, int outputs, int rank) {
-  const int columns = StreamV::columns(rank);
-  for (int e = threadIdx.x; e < places * columns; e += blockDim.x) {
+template <typename T, typename At>
+__device__ __forceinline__ void copy_b_slowly(T* to, const T* from, int64_t stride, int places, int outputs,
+                                              int columns, int rank, At&& at) {
+  for (int e = ptx::thread_again(); e < places * columns; e += blockDim.x) {
     const int n = e / columns;
     const int r = e - n * columns;
     const bool inside = n < outputs && r < rank;
-    reinterpret_cast<uint16_t*>(to)[StreamB::at(StreamB::place(n), columns, r)] =
+    reinterpret_cast<uint16_t*>(to)[at(n, r)] =
         inside ? reinterpret_cast<const uint16_t*>(from)[n * stride + r] : uint16_t{0};
   }
 }
 
 /// Walks neighbouring units of a tile and slice. 256 or 512 threads; kStages pieces of y a warp, kPanelBytes of B
-/// twice.
-template <typename T, int kThreads, int kStages, int kPanelBytes>
+/// twice. kWgmma: of all rows of a tile.
+template <typename T, int kThreads, int kStages, int kPanelBytes, bool kWgmma = false>
 class ExpandStream {
  public:
   static constexpr int kPanelsAt = kThreads / 32 * kStages * kPieceBytes;
   static constexpr int kBytes = kPanelsAt + 2 * kPanelBytes;  // of the ring
 
   __device__ __forceinline__ ExpandStream(const LinearTask& task, const WideItem& item, unsigned char* ring)
-      : task_(task), item_(item), ring_(ring) {}
+      : task_(task), item_(item), ring_(ring), thread_(ptx::thread_again()) {}
 
   /// Turns to `count` units from `first` on of slice s, of rows [rows.begin, rows.end), multiples of 16, of the item.
   __device__ __forceinline__ void set(int s, int first, int count, Part rows) {
@@ -196,9 +209,9 @@ class ExpandStream {
     const LinearSlice& slice = task_.slice[s];
     const int n_begin = first * kUnitN;
     const SliceEntry& entry = item_.entry[s];
-    columns_ = StreamV::columns(entry.rank);
+    columns_ = kWgmma ? (entry.rank + 63) / 64 * 64 : StreamV::columns(entry.rank);
     outputs_ = min(count * kUnitN, slice.width - n_begin);
-    panel_steps_ = kPanelBytes / (columns_ * 2 * kOutputs * kSide);
+    panel_steps_ = panel_steps_of(columns_);
     // rows g, g + 8 of the warp's 16; 8 outputs of the piece's 32
     const int row = warp() % 8 * 16 + g();
     const int64_t low = item_.row[row], high = item_.row[row + 8];
@@ -247,19 +260,35 @@ class ExpandStream {
   /// stay as they are. `b_is_last`: after start_last_panel.
   __device__ __forceinline__ void run(const T* smem_v, int pitch, const int64_t* token = nullptr,
                                       bool b_is_last = false) {
+    thread_ = ptx::thread_again();
     if (b_is_last) ptx::wait_copies<0>();
     if (token != nullptr) {
       const int row = warp() % 8 * 16 + g();
       has_low_ &= token[row] >= 0;
       has_high_ &= token[row + 8] >= 0;
     }
-    const T* v = smem_v + (v_row_ + lane() % 16) * pitch + lane() / 16 * 8;
-    if (columns_ == 32) {
-      walk<1>(v);
-    } else if (columns_ == 64) {
-      walk<2>(v);
+    if constexpr (kWgmma) {
+      const T* v = smem_v + (v_row_ + g()) * pitch + t() * 8;
+      if (columns_ == 64) {
+        walk_together<1>(v, pitch);
+      } else if (columns_ == 128) {
+        walk_together<2>(v, pitch);
+      } else {
+        walk_together<0>(v, pitch);
+      }
     } else {
-      walk<0>(v);
+      const T* v = smem_v + (v_row_ + lane() % 16) * pitch + lane() / 16 * 8;
+      if (columns_ == 32) {
+        walk<1>(v);
+      } else if (columns_ == 64) {
+        walk<2>(v);
+      } else if (columns_ == 96) {
+        walk<3>(v);
+      } else if (columns_ == 128) {
+        walk<4>(v);
+      } else {
+        walk<0>(v);
+      }
     }
     ptx::wait_copies<0>();
   }
@@ -269,10 +298,10 @@ class ExpandStream {
   static constexpr int kSide = kThreads / 256;    // warps side by side
   static constexpr int kStep = kOutputs * kSide;  // outputs from a warp's piece to its next one
 
-  __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static int g() { return lane() / 4; }
-  __device__ __forceinline__ static int t() { return lane() % 4; }
+  __device__ __forceinline__ int warp() const { return thread_ / 32; }
+  __device__ __forceinline__ int lane() const { return thread_ % 32; }
+  __device__ __forceinline__ int g() const { return lane() / 4; }
+  __device__ __forceinline__ int t() const { return lane() % 4; }
 
   // this thread's part of the warp's ring: of a piece 16 bytes of row g, and 512 bytes further 16 of row g + 8
   __device__ __forceinline__ unsigned char* my_ring() const {
@@ -287,40 +316,99 @@ class ExpandStream {
     if (has_high_) ptx::copy_async16(to + 512, high_ + ahead * kStep, 16);
   }
 
+  // Up to so many, wgmma takes two pieces of a warp at once: a panel has two.
+  static constexpr int kPairColumns = 128;
+
+  __device__ __forceinline__ static constexpr int panel_steps_of(int columns) {
+    return kPanelBytes / (columns * 2 * kStep);
+  }
+
   __device__ __forceinline__ T* panel_at(int panel) const {
     return reinterpret_cast<T*>(ring_ + kPanelsAt + panel % 2 * kPanelBytes);
   }
 
-  // Without a commit: they belong to the next piece's group.
+  // Without a commit: they belong to the next piece's group. kColumns: columns_, where it is known.
+  template <int kColumns = 0>
   __device__ __forceinline__ void start_panel(int panel) const {
-    const int places = panel_steps_ * kStep;
+    const int columns = kColumns > 0 ? kColumns : columns_;
+    const int places = kColumns > 0 ? panel_steps_of(kColumns) * kStep : panel_steps_ * kStep;
     const int outputs = outputs_ - panel * places;
     if (outputs <= 0) return;
     const SliceEntry& entry = item_.entry[s_];
-    const T* from = b_ + int64_t{panel * places} * entry.b_stride;
+    const int64_t stride = entry.b_stride;
     T* to = panel_at(panel);
-    if (!b_aligned_) return copy_b_slowly(to, from, entry.b_stride, places, outputs, entry.rank);
+    const auto at = [&](int n, int r) {
+      if (!kWgmma) return StreamB::at(StreamB::place(n), columns, r);
+      return StreamB::swizzled_at(columns <= kPairColumns ? StreamB::place_in_pairs(n) : StreamB::place(n), places, r);
+    };
+    if (!b_aligned_) {
+      return copy_b_slowly(to, b_ + panel * places * stride, stride, places, outputs, columns, entry.rank, at);
+    }
     // a thread brings 8 ranks of every so-many-th output; their number an output as if it were a power of 2
-    const int pieces_log2 = columns_ <= 32 ? 2 : columns_ <= 64 ? 3 : columns_ <= 128 ? 4 : 5;
-    const int r = (threadIdx.x & ((1 << pieces_log2) - 1)) * 8;
-    if (r >= columns_) return;
+    const int pieces_log2 = columns <= 32 ? 2 : columns <= 64 ? 3 : columns <= 128 ? 4 : 5;
+    const int r = (thread_ & ((1 << pieces_log2) - 1)) * 8;
+    if (r >= columns) return;
     const int bytes = min(max(entry.rank - r, 0), 8) * 2;
     const int used = min(places, (outputs + kOutputs - 1) / kOutputs * kOutputs);
     const int apart = kThreads >> pieces_log2;
-#pragma unroll 2
-    for (int n = threadIdx.x >> pieces_log2; n < used; n += apart) {
+    const int first = (thread_ >> pieces_log2) & (apart - 1);  // it is less: the compiler does not know
+    const T* from = b_ + (panel * places + first) * stride + r;
+    constexpr int kMost = kPanelBytes / 16 / kThreads;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int n = first + i * apart;
+      if (n >= used) break;
       const bool real = n < outputs && bytes > 0;
-      const T* source = real ? from + n * int64_t{entry.b_stride} + r : b_;
-      ptx::copy_async16(to + StreamB::at(StreamB::place(n), columns_, r), source,
-                        static_cast<uint32_t>(real ? bytes : 0));
+      ptx::copy_async16(to + at(n, r), real ? from : b_, static_cast<uint32_t>(real ? bytes : 0));
+      from += apart * stride;
     }
+  }
+
+  // What every step of a walk shares: a panel of B is there, another one on its way; a piece of y is there, and another
+  // one on its way; a piece gets its products.
+  template <int kColumns>
+  __device__ __forceinline__ void begin_panel(int panel) const {
+    // its copies are as old as the first piece of the panel before
+    if (panel_steps_ >= kStages - 1) {
+      ptx::wait_copies<kStages - 2>();
+    } else if (panel_steps_ > 1) {
+      ptx::wait_copies<1>();
+    } else {
+      ptx::wait_copies<0>();
+    }
+    if (kWgmma) fence_panel();
+    __syncthreads();  // the panel is there for all, and all are done with the one before
+    start_panel<kColumns>(panel + 1);
+  }
+  __device__ __forceinline__ void begin_piece(int slot) const {
+    ptx::wait_copies<kStages - 2>();
+    start_y(slot == 0 ? (kStages - 1) * kPieceBytes : slot - kPieceBytes, kStages - 1);
+    ptx::commit_copies();
+  }
+  __device__ __forceinline__ void add_products(const float (&acc)[4][4], int slot) const {
+    const float scale = item_.entry[s_].scale;
+    const auto finish = [&](int half, T* y) {
+      float delta[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) delta[j] = acc[j / 2][half * 2 + j % 2];
+      const uint4 base = *reinterpret_cast<const uint4*>(my_ring() + slot + half * 512);
+      ptx::store16(y, add_scaled<T>(base, scale, delta));
+    };
+    if (has_low_ && left_ > 0) finish(0, low_);
+    if (has_high_ && left_ > 0) finish(1, high_);
+  }
+  __device__ __forceinline__ void end_piece(int& slot) {
+    slot = slot == (kStages - 1) * kPieceBytes ? 0 : slot + kPieceBytes;
+    low_ += kStep;
+    high_ += kStep;
+    left_ -= kStep;
   }
 
   // kBlocks: blocks of 32 ranks whose v stays in registers; 0: any number, read for every piece.
   template <int kBlocks>
   __device__ __forceinline__ void walk(const T* v) {
     constexpr int kHeld = kBlocks > 0 ? kBlocks : 1;
-    uint32_t held[kHeld][2][4];
+    uint32_t held[kHeld][2][4] = {};  // without a first value they would count as in use ever since the kernel began
     const int steps = (outputs_ + kStep - 1) / kStep;
     int slot = 0, panel = 0, left_in_panel = 0;
     const T* b = nullptr;
@@ -328,13 +416,7 @@ class ExpandStream {
     for (int step = 0; step < steps; ++step) {
       if (left_in_panel == 0) {
         left_in_panel = panel_steps_;
-        if (panel_steps_ < kStages - 1) {  // its copies may be among the youngest groups
-          ptx::wait_copies<0>();
-        } else {
-          ptx::wait_copies<kStages - 2>();
-        }
-        __syncthreads();  // the panel is there for all, and all are done with the one before
-        start_panel(panel + 1);
+        begin_panel<32 * kBlocks>(panel);
         b = panel_at(panel) + StreamB::at(warp() / 8 * kOutputs + g(), kBlocks > 0 ? 32 * kBlocks : columns_, 8 * t());
         ++panel;
         if (kBlocks > 0 && step == 0 && busy_) {
@@ -346,9 +428,7 @@ class ExpandStream {
         }
       }
       --left_in_panel;
-      ptx::wait_copies<kStages - 2>();
-      start_y(slot == 0 ? (kStages - 1) * kPieceBytes : slot - kPieceBytes, kStages - 1);
-      ptx::commit_copies();
+      begin_piece(slot);
       if (busy_ && left_ + 8 * t() > 0) {
         float acc[4][4] = {};
         const int columns = kBlocks > 0 ? 32 * kBlocks : columns_;
@@ -369,28 +449,118 @@ class ExpandStream {
             ptx::mma_m16n8k16<T>(acc[j], rows[1], b1);
           }
         }
-        const float scale = item_.entry[s_].scale;
-        const auto finish = [&](int half, T* y) {
-          float delta[8];
-#pragma unroll
-          for (int j = 0; j < 8; ++j) delta[j] = acc[j / 2][half * 2 + j % 2];
-          const uint4 base = *reinterpret_cast<const uint4*>(my_ring() + slot + half * 512);
-          ptx::store16(y, add_scaled<T>(base, scale, delta));
-        };
-        if (has_low_ && left_ > 0) finish(0, low_);
-        if (has_high_ && left_ > 0) finish(1, high_);
+        add_products(acc, slot);
       }
-      slot = slot == (kStages - 1) * kPieceBytes ? 0 : slot + kPieceBytes;
       b += kStep * (kBlocks > 0 ? 32 * kBlocks : columns_);
-      low_ += kStep;
-      high_ += kStep;
-      left_ -= kStep;
+      end_piece(slot);
     }
+  }
+
+  // With wgmma. `v`: this lane's of row g, `pitch` before row g + 1. Its 16 bytes of a block of 32 ranks are the
+  // operands of two products of 16 ranks in their natural order, as B has them (StreamV::place). kTimes: up to 64
+  // kTimes ranks of v stay in registers; 0: any number, 128 at a time read for every piece.
+  template <int kTimes>
+  __device__ __forceinline__ void walk_together(const T* v, int pitch) {
+#if defined(POLYLORA_HAS_WGMMA)
+    constexpr int kHeld = kTimes == 1 ? 2 : 4;  // blocks of 32 ranks
+    uint32_t held[2 * kHeld][4] = {};           // as above
+    const auto hold = [&](int first_block) {
+      const int blocks = StreamV::columns(item_.entry[s_].rank) / 32 - first_block;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        uint4 low{0, 0, 0, 0}, high{0, 0, 0, 0};  // where B has zeros, too
+        if (i < blocks) {
+          low = *reinterpret_cast<const uint4*>(v + 32 * (first_block + i));
+          high = *reinterpret_cast<const uint4*>(v + 32 * (first_block + i) + 8 * pitch);
+        }
+        uint32_t (&first)[4] = held[2 * i];
+        uint32_t (&second)[4] = held[2 * i + 1];
+        first[0] = low.x, first[1] = high.x, first[2] = low.y, first[3] = high.y;
+        second[0] = low.z, second[1] = high.z, second[2] = low.w, second[3] = high.w;
+      }
+    };
+    constexpr int kStepB = kStep * 128 >> 4;     // of a descriptor: to the next piece
+    const int ranks_64 = panel_steps_ * kStepB;  // to the next 64 ranks
+    const int steps = (outputs_ + kStep - 1) / kStep;
+    int slot = 0, panel = 0, left_in_panel = 0;
+    uint64_t b = 0;
+    // of what has no second piece, too: its place in the panel is there
+    const auto two_pieces = [&] {
+      float acc[2][4][4] = {};
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4 * kTimes; ++i) {
+        ptx::wgmma_m64n64k16(reinterpret_cast<float (*)[8]>(acc), held[i], b + i / 4 * ranks_64 + i % 4 * 2, T{});
+      }
+      ptx::wgmma_commit();
+      begin_piece(slot);
+      ptx::wgmma_wait<0>();
+      ptx::use_after_wait(acc[0]);
+      ptx::use_after_wait(acc[1]);
+      add_products(acc[0], slot);
+      end_piece(slot);
+      begin_piece(slot);
+      add_products(acc[1], slot);
+      end_piece(slot);
+      left_in_panel -= 2;
+      b += 2 * kStepB;
+    };
+    const auto multiply = [&](auto times, float (&acc)[4][4], uint64_t at) {
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4 * decltype(times)::value; ++i) {
+        ptx::wgmma_m64n32k16(reinterpret_cast<float (*)[8]>(acc), held[i], at + i / 4 * ranks_64 + i % 4 * 2, T{});
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+    };
+    const auto one_piece = [&] {
+      float acc[4][4] = {};
+      begin_piece(slot);
+#pragma unroll 1
+      for (int first = 0; first < columns_; first += 128) {
+        hold(first / 32);
+        const uint64_t at = b + first / 64 * ranks_64;
+        if (first + 64 < columns_) {
+          multiply(Constant<2>{}, acc, at);
+        } else {
+          multiply(Constant<1>{}, acc, at);
+        }
+      }
+      ptx::use_after_wait(acc);
+      add_products(acc, slot);
+      end_piece(slot);
+      --left_in_panel;
+      b += kStepB;
+    };
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kTimes > 0 ? 2 : 1) {
+      if (left_in_panel == 0) {
+        left_in_panel = panel_steps_;
+        begin_panel<64 * kTimes>(panel);
+        b = ptx::swizzled_rows(panel_at(panel) + warp() / 8 * kOutputs * (kTimes > 0 ? 2 : 1) * 64);
+        ++panel;
+        if (kTimes > 0 && step == 0) hold(0);
+      }
+      if constexpr (kTimes > 0) {
+        two_pieces();
+      } else {
+        one_piece();
+      }
+    }
+#endif
+  }
+  // What was copied, wgmma sees after the next barrier.
+  __device__ __forceinline__ static void fence_panel() {
+#if defined(POLYLORA_HAS_WGMMA)
+    ptx::fence_async_proxy();
+#endif
   }
 
   const LinearTask& task_;
   const WideItem& item_;  // read again where it is needed: registers are short
   unsigned char* const ring_;
+  int thread_;  // read again where it matters: what follows from it fills registers
   int s_;
   int columns_;      // of v and B
   int outputs_;      // of all pieces

@@ -47,14 +47,14 @@ bool splits_runs(const LoraParams& params, Path path) {
          narrow_shrink_serves(params) && !is_forced("wide") && !batch_invariant() && !is_few(params);
 }
 
-// Many ranks and outputs of prefill: expand is nearly all of it, and bound by shared memory and instructions, of which
-// clusters leave some to idle SMs. H200, 4 adapters, wide and mma, us: 14336 outputs r128 M1024 60.0 and 53.3, M4096
-// 157 and 140, M6144 224 and 197; gate_up r128 M512 67.2 and 62.3, M1024 118 and 95.7, M2048 181 and 156, M4096 291 and
-// 282, M6144 425 and 373; r96 M2048 138 and 140. 5 adapters, gate_up r128 M1024, M2048, M4096 109 and 96, 170 and 167,
-// 292 and 290, 7 adapters 98 and 123, 170 and 170, 293 and 291. Where fewer SMs are idle: M8192 447 and 512, M2560 183
-// and 182. Fewer outputs: qkvz r128 M2048 91.0 and 105.
+// More ranks and outputs of prefill than linear_wide's registers hold v of: it reads v again for each piece of y and
+// has idle SMs besides. H200, 4 adapters, wide and mma, us: 14336 outputs r160 M1024 86.1 and 70.3, M2048 130 and 104,
+// M4096 206 and 174; gate_up r160 M1024 174 and 120, M2048 267 and 191 (of 5 adapters 264 and 203), M4096 425 and 337,
+// M6144 614 and 460; r256 200 and 150, 306 and 235, 481 and 405, 703 and 567; 2048 -> 8192+4096 r160 M2048 140 and 106.
+// Fewer SMs idle: gate_up r256 M8192 702 and 766. Fewer ranks: gate_up r128 M1024 77.8 and 88.0, M2048 128 and 138,
+// M4096 219 and 245. Fewer outputs: o r256 M2048 63.3 and 82.0, M4096 96.2 and 108.
 bool is_mostly_expand(const LoraParams& params) {
-  constexpr int64_t kFewRanks = 64, kOutputsOfK = 3;  // of the K of all slices
+  constexpr int64_t kFewRanks = 128, kOutputsOfK = 3;  // of the K of all slices
   constexpr int64_t kFewAdapters = 5;
   return even_rank(params) > kFewRanks && params.slices.groups <= kFewAdapters &&
          sum_of_widths(params.slices) >= kOutputsOfK * params.k * params.slices.count && !is_few(params) &&

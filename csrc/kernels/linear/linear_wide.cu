@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   // else the first of y comes after the last of x. Sums to add come right before v, and y and B no sooner than they are
   // out of the way.
   constexpr bool kEarlyY = kTiles <= 4;
-  using Stream = ExpandStream<T, kThreads, kEarlyY ? 5 : 4, kPanelBytes>;
+  using Stream = ExpandStream<T, kThreads, kEarlyY ? 5 : 4, kPanelBytes, !kThroughL2>;
   constexpr int kRingAt = kEarlyY ? Stream::kPanelsAt : 0;
   constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
   constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
@@ -108,8 +108,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   WideItem& item = *reinterpret_cast<WideItem*>(smem + kItemAt);
   ExchangeBarriers& exchange = *reinterpret_cast<ExchangeBarriers*>(smem + kExchangeAt);
   const auto parts = [] { return static_cast<int>(ptx::cluster_size()); };
-  const int group = threadIdx.x / 128;
-  const int first_tile = group / 2 * kTiles;  // of a pass
   // of v: all slices' side by side, right from the blocks that add it; or a slice's at a time, from a plane
   const auto is_direct = [&] {
     return !kThroughL2 && task.y != nullptr && item.rank_tiles <= kAllTiles && item.blocks <= kMaxBlocks;
@@ -151,6 +149,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     stream.set_none();
 #pragma unroll 1
     for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
+      const int group = ptx::thread_again() / 128;
+      const int first_tile = group / 2 * kTiles;  // of a pass
       const Copies copies(task, item, base);
       const Part chunks = chunks_of(task, ptx::cluster_rank(), parts());
       if (guess) {

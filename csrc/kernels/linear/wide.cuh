@@ -189,7 +189,7 @@ class WideCopies {
   static constexpr int kABytes = kWideTileRows * kChunkK * 2;  // from a stage's begin to its part of A
 
   __device__ __forceinline__ WideCopies(const LinearTask& task, const WideItem& item, int first_rank_tile)
-      : task_(task) {
+      : task_(task), thread_(ptx::thread_again()) {
 #pragma unroll
     for (int i = 0; i < kXPieces; ++i) {
       const int row = thread_row() + kRowsApart * i;
@@ -211,8 +211,8 @@ class WideCopies {
   }
 
   __device__ __forceinline__ void start(unsigned char* stage, int chunk) const {
-    unsigned char* to = stage + piece_at(thread_row(), threadIdx.x % 8);
-    const int k = chunk * kChunkK + static_cast<int>(threadIdx.x) % 8 * 8;
+    unsigned char* to = stage + piece_at(thread_row(), thread_ % 8);
+    const int k = chunk * kChunkK + thread_ % 8 * 8;
     const bool inside = k < task_.k;
     const T* x = static_cast<const T*>(task_.x);
 #pragma unroll
@@ -234,9 +234,10 @@ class WideCopies {
   static constexpr int kAPieces = (kTiles * kRankTile + kRowsApart - 1) / kRowsApart;
   static constexpr uint32_t kNothing = ~0u;
 
-  __device__ __forceinline__ static int thread_row() { return threadIdx.x / 8; }
+  __device__ __forceinline__ int thread_row() const { return thread_ / 8; }
 
   const LinearTask& task_;
+  const int thread_;
   uint32_t x_[kXPieces];  // in pieces from x on: 32 bits hold 64 GiB
   const T* a_[kAPieces];
 };

@@ -236,5 +236,43 @@ template <typename T>
 inline void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
   wgmma<T, 4>(d, x, weights);
 }
+inline void use_after_wait(float (&)[4][4]) {}
+// x from registers: those of the quad that has this lane's rows.
+template <typename T, int kTiles>
+inline void wgmma(float (*d)[8], const uint32_t (&a)[4], uint64_t weights) {
+  struct Operand {
+    uint32_t a[4];
+  };
+  struct Rows {
+    float x[2][16];
+  };
+  const Rows rows =
+      emu::warp_wide<Rows>(Operand{{a[0], a[1], a[2], a[3]}}, [](const Operand* const* in, Rows* const* out) {
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int t = 0; t < 4; ++t) {
+            for (int i = 0; i < 8; ++i) {  // row g or g + 8, the first or second 8 columns, element
+              out[lane]->x[i / 2 % 2][i / 4 * 8 + 2 * t + i % 2] = half_of<T>(in[lane / 4 * 4 + t]->a[i / 2], i % 2);
+            }
+          }
+        }
+      });
+  const int lane = emu::self().lane;
+  emu::self().open_wgmma.push_back([=] {
+    for (int i = 0; i < 8 * kTiles; ++i) {
+      const int n = i / 8 * 16 + i % 8 / 4 * 8 + lane % 4 * 2 + i % 2;
+      double sum = d[i / 8][i % 8];
+      for (int k = 0; k < 16; ++k) sum += double{rows.x[i % 4 / 2][k]} * swizzled_element<T>(weights, n, k);
+      d[i / 8][i % 8] = static_cast<float>(sum);
+    }
+  });
+}
+template <typename T>
+inline void wgmma_m64n32k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {
+  wgmma<T, 2>(d, a, weights);
+}
+template <typename T>
+inline void wgmma_m64n64k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {
+  wgmma<T, 4>(d, a, weights);
+}
 
 }  // namespace polylora::cuda::ptx
