@@ -149,34 +149,17 @@ void linear_by_rows() {
   expect("64 rows of 4 groups, cluster forced", linear(full, "cluster"), "1c");
 }
 
-// Many ranks and outputs: shrink, the sum of its planes, expand, where clusters leave SMs idle.
-void many_ranks_and_outputs() {
-  cuda::emulated_device.sms = 26;  // 3 tiles, of which each has a cluster of 6: 18 SMs
-  Call call(257, 768, {4544, 64}, 1), fewer_outputs(257, 768, {4480, 64}, 1), fewer_ranks(257, 768, {4544, 64}, 1);
-  Call few(256, 776, {4544, 128}, 1), slots(600, 768, {4544, 64}, 16), fewer_slots(600, 768, {4544, 64}, 5);
-  Call more_slots(600, 768, {4544, 64}, 6);
-  for (Call* c : {&call, &fewer_outputs, &few, &slots, &fewer_slots, &more_slots}) c->p.v_width = 258;
-  fewer_ranks.p.v_width = 256;
-  expect("129 ranks, three outputs for each element of K of both slices", linear(call), "3");
-  expect("fewer outputs", linear(fewer_outputs), "1c");
-  expect("128 ranks", linear(fewer_ranks), "1c");
-  expect("few rows, of a K that clusters of decode do not take", linear(few), "1c");
-  expect("wide forced", linear(call, "wide"), "1c");
-  setenv("POLYLORA_BATCH_INVARIANT", "1", 1);
-  expect("batch-invariant", linear(call), "1c");
-  unsetenv("POLYLORA_BATCH_INVARIANT");
-  cuda::emulated_device.sms = 24;
-  expect("a quarter of the SMs is idle", linear(call), "3");
-  cuda::emulated_device.sms = 23;
-  expect("fewer SMs are idle", linear(call), "1c");
-  cuda::emulated_device.sms = 41;  // 5 tiles, or some more: clusters of 5 and 4
-  expect("5 adapters", linear(fewer_slots), "3");
-  expect("6 adapters", linear(more_slots), "1c");
-  expect("16 adapters, whose short runs are decode's", linear(slots), "2cc");
+// By the mma path: shrink, the sum of its planes where there are three or more, expand.
+void parts_of_mma() {
+  Call call(257, 768, {4544, 64}, 1), slots(600, 768, {4544, 64}, 16);
+  call.p.v_width = slots.p.v_width = 258;
+  expect("many ranks and outputs", linear(call), "1c");
   cuda::emulated_device.sms = 9;  // 3 parts of K, of 3 tiles
   expect("three parts", linear(call, "mma"), "3");
   cuda::emulated_device.sms = 8;
   expect("two parts", linear(call, "mma"), "2");
+  cuda::emulated_device.sms = 41;  // 5 tiles, or some more: clusters of 5 and 4
+  expect("16 adapters, whose short runs are decode's", linear(slots), "2cc");
   cuda::emulated_device.sms = 132;
 }
 
@@ -232,7 +215,7 @@ void sums_by_shape() {
 int main() {
   polylora::testing::deltas_by_shape();
   polylora::testing::linear_by_rows();
-  polylora::testing::many_ranks_and_outputs();
+  polylora::testing::parts_of_mma();
   polylora::testing::tiles_left_over();
   polylora::testing::sums_by_shape();
   return polylora::testing::report();

@@ -287,9 +287,10 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 /// Behind wgmma_wait: nothing is done with these accumulators before it.
-__device__ __forceinline__ void use_after_wait(float (&acc)[4][4]) {
+template <int kPieces>
+__device__ __forceinline__ void use_after_wait(float (&acc)[kPieces][4][4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(acc[i / 4][i % 4])::"memory");
+  for (int i = 0; i < 16 * kPieces; ++i) asm volatile("" : "+f"(acc[i / 16][i / 4 % 4][i % 4]));
 }
 
 /// wgmma.commit_group.sync.aligned

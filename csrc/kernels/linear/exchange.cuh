@@ -137,8 +137,8 @@ class SumUnits {
   const WideItem& item_;
   const int base_, tiles_;
   const bool by_block_;
-  const int lane_;
   const int parts_;
+  const int lane_;
   int pairs_, units_;
   float per_part_, per_pair_, per_unit_;
 };

@@ -22,7 +22,8 @@ namespace polylora::cuda {
 
 /// How v lies in shared memory: a row of `pitch` elements for each row of the tile, a slice's ranks in blocks of 32
 /// with zeros behind the last. Rank r = 8t + 2m + e of a block stands in place 8m + 2t + e, so that ldmatrix hands a
-/// thread the ranks that it reads of B with one 16-byte load.
+/// thread the ranks that it reads of B with one 16-byte load. For wgmma, which takes B in the order of its ranks, a
+/// thread reads 16 bytes of v: its operands of both halves of a block.
 struct StreamV {
   /// For even r: places of r and r + 1 follow each other.
   __device__ __forceinline__ static int place(int r) { return (r & ~31) + r % 8 / 2 * 8 + r % 32 / 8 * 2; }
@@ -179,7 +180,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
   }
 }
 
-// One panel of B, where its rows allow no 16-byte pieces. See ExpandStream for the layout.
+// One panel of B, where its rows allow no 16-byte pieces. `at`: where rank r of output n goes.
 template <typename T, typename At>
 __device__ __forceinline__ void copy_b_slowly(T* to, const T* from, int64_t stride, int places, int outputs,
                                               int columns, int rank, At&& at) {
@@ -193,8 +194,8 @@ __device__ __forceinline__ void copy_b_slowly(T* to, const T* from, int64_t stri
 }
 
 /// Walks neighbouring units of a tile and slice. 256 or 512 threads; kStages pieces of y a warp, kPanelBytes of B
-/// twice. kWgmma: of all rows of a tile.
-template <typename T, int kThreads, int kStages, int kPanelBytes, bool kWgmma = false>
+/// twice; of slices of up to kMostRanks. kWgmma: of all rows of a tile.
+template <typename T, int kThreads, int kStages, int kPanelBytes, int kMostRanks = kMaxRank, bool kWgmma = false>
 class ExpandStream {
  public:
   static constexpr int kPanelsAt = kThreads / 32 * kStages * kPieceBytes;
@@ -224,7 +225,6 @@ class ExpandStream {
     T* y = static_cast<T*>(task_.y) + slice.col + n_begin + first_output;
     low_ = y + low * task_.y_stride;
     high_ = y + high * task_.y_stride;
-    b_aligned_ = ((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) == 0;
     b_ = static_cast<const T*>(slice.b) + entry.b_offset + int64_t{n_begin} * entry.b_stride;
   }
   /// Nothing: its pieces are none.
@@ -269,25 +269,30 @@ class ExpandStream {
     }
     if constexpr (kWgmma) {
       const T* v = smem_v + (v_row_ + g()) * pitch + t() * 8;
-      if (columns_ == 64) {
-        walk_together<1>(v, pitch);
-      } else if (columns_ == 128) {
-        walk_together<2>(v, pitch);
-      } else {
-        walk_together<0>(v, pitch);
-      }
+      const auto walk_if = [&](auto times) {
+        constexpr int kTimes = decltype(times)::value;
+        if constexpr (64 * kTimes <= kMostRanks) {
+          if (columns_ == 64 * kTimes) walk_together<kTimes>(v, pitch);
+        }
+      };
+      walk_if(Constant<1>{});
+      walk_if(Constant<2>{});
+      walk_if(Constant<3>{});
+      walk_if(Constant<4>{});
     } else {
       const T* v = smem_v + (v_row_ + lane() % 16) * pitch + lane() / 16 * 8;
-      if (columns_ == 32) {
-        walk<1>(v);
-      } else if (columns_ == 64) {
-        walk<2>(v);
-      } else if (columns_ == 96) {
-        walk<3>(v);
-      } else if (columns_ == 128) {
-        walk<4>(v);
-      } else {
-        walk<0>(v);
+      const auto walk_if = [&](auto blocks) {
+        constexpr int kBlocks = decltype(blocks)::value;
+        if constexpr (32 * kBlocks <= kMostRanks) {
+          if (columns_ == 32 * kBlocks) walk<kBlocks>(v);
+        }
+      };
+      walk_if(Constant<1>{});
+      walk_if(Constant<2>{});
+      walk_if(Constant<3>{});
+      walk_if(Constant<4>{});
+      if constexpr (kMostRanks > 128) {
+        if (columns_ > 128) walk<0>(v);
       }
     }
     ptx::wait_copies<0>();
@@ -316,22 +321,26 @@ class ExpandStream {
     if (has_high_) ptx::copy_async16(to + 512, high_ + ahead * kStep, 16);
   }
 
-  // Up to so many, wgmma takes two pieces of a warp at once: a panel has two.
+  // Up to so many, wgmma takes two pieces of a warp at once: a panel has room for two of each warp.
   static constexpr int kPairColumns = 128;
 
-  __device__ __forceinline__ static constexpr int panel_steps_of(int columns) {
-    return kPanelBytes / (columns * 2 * kStep);
+  __host__ __device__ static constexpr int panel_steps_of(int columns) { return kPanelBytes / (columns * 2 * kStep); }
+
+  // kColumns: columns_, where it is known; 0: it is not.
+  template <int kColumns>
+  __device__ __forceinline__ int panel_steps() const {
+    return kColumns > 0 ? panel_steps_of(kColumns) : panel_steps_;
   }
 
   __device__ __forceinline__ T* panel_at(int panel) const {
     return reinterpret_cast<T*>(ring_ + kPanelsAt + panel % 2 * kPanelBytes);
   }
 
-  // Without a commit: they belong to the next piece's group. kColumns: columns_, where it is known.
+  // Without a commit: they belong to the next piece's group.
   template <int kColumns = 0>
   __device__ __forceinline__ void start_panel(int panel) const {
     const int columns = kColumns > 0 ? kColumns : columns_;
-    const int places = kColumns > 0 ? panel_steps_of(kColumns) * kStep : panel_steps_ * kStep;
+    const int places = panel_steps<kColumns>() * kStep;
     const int outputs = outputs_ - panel * places;
     if (outputs <= 0) return;
     const SliceEntry& entry = item_.entry[s_];
@@ -341,7 +350,7 @@ class ExpandStream {
       if (!kWgmma) return StreamB::at(StreamB::place(n), columns, r);
       return StreamB::swizzled_at(columns <= kPairColumns ? StreamB::place_in_pairs(n) : StreamB::place(n), places, r);
     };
-    if (!b_aligned_) {
+    if (((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) != 0) {
       return copy_b_slowly(to, b_ + panel * places * stride, stride, places, outputs, columns, entry.rank, at);
     }
     // a thread brings 8 ranks of every so-many-th output; their number an output as if it were a power of 2
@@ -353,7 +362,8 @@ class ExpandStream {
     const int apart = kThreads >> pieces_log2;
     const int first = (thread_ >> pieces_log2) & (apart - 1);  // it is less: the compiler does not know
     const T* from = b_ + (panel * places + first) * stride + r;
-    constexpr int kMost = kPanelBytes / 16 / kThreads;
+    constexpr int kMost = kPanelBytes / 16 / kThreads;  // as of a number of columns that is a power of 2
+    static_assert(panel_steps_of(96) == panel_steps_of(128) && panel_steps_of(160) == panel_steps_of(256));
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int n = first + i * apart;
@@ -368,17 +378,18 @@ class ExpandStream {
   // one on its way; a piece gets its products.
   template <int kColumns>
   __device__ __forceinline__ void begin_panel(int panel) const {
-    // its copies are as old as the first piece of the panel before
-    if (panel_steps_ >= kStages - 1) {
+    // its copies went with the piece that the first step of the panel before started: all groups but its last are
+    // younger; or, of one step, before that piece
+    const int steps = panel_steps<kColumns>();
+    if (steps >= kStages - 1) {
       ptx::wait_copies<kStages - 2>();
-    } else if (panel_steps_ > 1) {
-      ptx::wait_copies<1>();
     } else {
-      ptx::wait_copies<0>();
+      ptx::wait_copies<1>();
     }
     if (kWgmma) fence_panel();
     __syncthreads();  // the panel is there for all, and all are done with the one before
     start_panel<kColumns>(panel + 1);
+    if (steps == 1) ptx::commit_copies();  // else that piece, the youngest, would have to be waited for
   }
   __device__ __forceinline__ void begin_piece(int slot) const {
     ptx::wait_copies<kStages - 2>();
@@ -409,17 +420,16 @@ class ExpandStream {
   __device__ __forceinline__ void walk(const T* v) {
     constexpr int kHeld = kBlocks > 0 ? kBlocks : 1;
     uint32_t held[kHeld][2][4] = {};  // without a first value they would count as in use ever since the kernel began
-    const int steps = (outputs_ + kStep - 1) / kStep;
     int slot = 0, panel = 0, left_in_panel = 0;
     const T* b = nullptr;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int left = outputs_; left > 0; left -= kStep) {
       if (left_in_panel == 0) {
-        left_in_panel = panel_steps_;
+        left_in_panel = panel_steps<32 * kBlocks>();
         begin_panel<32 * kBlocks>(panel);
         b = panel_at(panel) + StreamB::at(warp() / 8 * kOutputs + g(), kBlocks > 0 ? 32 * kBlocks : columns_, 8 * t());
         ++panel;
-        if (kBlocks > 0 && step == 0 && busy_) {
+        if (kBlocks > 0 && panel == 1 && busy_) {
 #pragma unroll
           for (int i = 0; i < kHeld; ++i) {
             ptx::load_matrices(held[i][0], v + 32 * i);
@@ -457,95 +467,66 @@ class ExpandStream {
   }
 
   // With wgmma. `v`: this lane's of row g, `pitch` before row g + 1. Its 16 bytes of a block of 32 ranks are the
-  // operands of two products of 16 ranks in their natural order, as B has them (StreamV::place). kTimes: up to 64
-  // kTimes ranks of v stay in registers; 0: any number, 128 at a time read for every piece.
+  // operands of two products of 16 ranks in their natural order, as B has them (StreamV::place). Up to 64 kTimes ranks.
   template <int kTimes>
   __device__ __forceinline__ void walk_together(const T* v, int pitch) {
 #if defined(POLYLORA_HAS_WGMMA)
-    constexpr int kHeld = kTimes == 1 ? 2 : 4;  // blocks of 32 ranks
-    uint32_t held[2 * kHeld][4] = {};           // as above
-    const auto hold = [&](int first_block) {
-      const int blocks = StreamV::columns(item_.entry[s_].rank) / 32 - first_block;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        uint4 low{0, 0, 0, 0}, high{0, 0, 0, 0};  // where B has zeros, too
-        if (i < blocks) {
-          low = *reinterpret_cast<const uint4*>(v + 32 * (first_block + i));
-          high = *reinterpret_cast<const uint4*>(v + 32 * (first_block + i) + 8 * pitch);
-        }
-        uint32_t (&first)[4] = held[2 * i];
-        uint32_t (&second)[4] = held[2 * i + 1];
-        first[0] = low.x, first[1] = high.x, first[2] = low.y, first[3] = high.y;
-        second[0] = low.z, second[1] = high.z, second[2] = low.w, second[3] = high.w;
-      }
-    };
-    constexpr int kStepB = kStep * 128 >> 4;     // of a descriptor: to the next piece
-    const int ranks_64 = panel_steps_ * kStepB;  // to the next 64 ranks
-    const int steps = (outputs_ + kStep - 1) / kStep;
+    constexpr bool kPairs = 64 * kTimes <= kPairColumns;
+    static_assert(!kPairs || panel_steps_of(64 * kTimes) % 2 == 0);
+    constexpr int kStepB = kStep * 128 >> 4;                               // of a descriptor: to the next piece
+    constexpr int kRanks64 = panel_steps_of(64 * kTimes) * kStepB;         // to the next 64 ranks
+    constexpr int kSideB = kOutputs * 128 * (kPairs ? 2 : 1) / sizeof(T);  // elements: to the next warps' outputs
+    uint32_t held[4 * kTimes][4] = {};                                     // a first value: see walk
+    const bool has_rows = warp() % 8 / 4 * 64 < item_.rows;                // of the warpgroup
     int slot = 0, panel = 0, left_in_panel = 0;
     uint64_t b = 0;
-    // of what has no second piece, too: its place in the panel is there
-    const auto two_pieces = [&] {
-      float acc[2][4][4] = {};
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < 4 * kTimes; ++i) {
-        ptx::wgmma_m64n64k16(reinterpret_cast<float (*)[8]>(acc), held[i], b + i / 4 * ranks_64 + i % 4 * 2, T{});
-      }
-      ptx::wgmma_commit();
-      begin_piece(slot);
-      ptx::wgmma_wait<0>();
-      ptx::use_after_wait(acc[0]);
-      ptx::use_after_wait(acc[1]);
-      add_products(acc[0], slot);
-      end_piece(slot);
-      begin_piece(slot);
-      add_products(acc[1], slot);
-      end_piece(slot);
-      left_in_panel -= 2;
-      b += 2 * kStepB;
-    };
-    const auto multiply = [&](auto times, float (&acc)[4][4], uint64_t at) {
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < 4 * decltype(times)::value; ++i) {
-        ptx::wgmma_m64n32k16(reinterpret_cast<float (*)[8]>(acc), held[i], at + i / 4 * ranks_64 + i % 4 * 2, T{});
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-    };
-    const auto one_piece = [&] {
-      float acc[4][4] = {};
-      begin_piece(slot);
 #pragma unroll 1
-      for (int first = 0; first < columns_; first += 128) {
-        hold(first / 32);
-        const uint64_t at = b + first / 64 * ranks_64;
-        if (first + 64 < columns_) {
-          multiply(Constant<2>{}, acc, at);
-        } else {
-          multiply(Constant<1>{}, acc, at);
+    for (int left = outputs_; left > 0; left -= kPairs ? 2 * kStep : kStep) {
+      if (left_in_panel == 0) {
+        left_in_panel = panel_steps<64 * kTimes>();
+        begin_panel<64 * kTimes>(panel);
+        b = ptx::swizzled_rows(panel_at(panel) + warp() / 8 * kSideB);
+        ++panel;
+        if (panel == 1) {
+          const int blocks = StreamV::columns(item_.entry[s_].rank) / 32;
+#pragma unroll
+          for (int i = 0; i < 2 * kTimes; ++i) {
+            if (i >= blocks) break;  // B has zeros there
+            const uint4 low = *reinterpret_cast<const uint4*>(v + 32 * i);
+            const uint4 high = *reinterpret_cast<const uint4*>(v + 32 * i + 8 * pitch);
+            uint32_t (&first)[4] = held[2 * i];
+            uint32_t (&second)[4] = held[2 * i + 1];
+            first[0] = low.x, first[1] = high.x, first[2] = low.y, first[3] = high.y;
+            second[0] = low.z, second[1] = high.z, second[2] = low.w, second[3] = high.w;
+          }
         }
       }
-      ptx::use_after_wait(acc);
-      add_products(acc, slot);
-      end_piece(slot);
-      --left_in_panel;
-      b += kStepB;
-    };
-#pragma unroll 1
-    for (int step = 0; step < steps; step += kTimes > 0 ? 2 : 1) {
-      if (left_in_panel == 0) {
-        left_in_panel = panel_steps_;
-        begin_panel<64 * kTimes>(panel);
-        b = ptx::swizzled_rows(panel_at(panel) + warp() / 8 * kOutputs * (kTimes > 0 ? 2 : 1) * 64);
-        ++panel;
-        if (kTimes > 0 && step == 0) hold(0);
+      float acc[kPairs ? 2 : 1][4][4] = {};
+      if (has_rows) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4 * kTimes; ++i) {
+          const uint64_t at = b + i / 4 * kRanks64 + i % 4 * 2;
+          if constexpr (kPairs) {
+            ptx::wgmma_m64n64k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
+          } else {
+            ptx::wgmma_m64n32k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
+          }
+        }
+        ptx::wgmma_commit();
       }
-      if constexpr (kTimes > 0) {
-        two_pieces();
-      } else {
-        one_piece();
+      // of a pair, the second piece may be none: its place in the panel is there
+#pragma unroll
+      for (int i = 0; i < (kPairs ? 2 : 1); ++i) {
+        begin_piece(slot);
+        if (i == 0) {
+          ptx::wgmma_wait<0>();
+          ptx::use_after_wait(acc);
+        }
+        add_products(acc[i], slot);
+        end_piece(slot);
+        --left_in_panel;
+        b += kStepB;
       }
     }
 #endif
@@ -566,7 +547,7 @@ class ExpandStream {
   int outputs_;      // of all pieces
   int panel_steps_;  // of a warp in a panel
   int v_row_;        // of v's rows in shared memory, the warp's first
-  bool busy_, has_low_, has_high_, b_aligned_;
+  bool busy_, has_low_, has_high_;
   int left_;        // outputs from this thread's next on
   T *low_, *high_;  // this thread's next outputs
   const T* b_;      // of the first output

@@ -47,20 +47,6 @@ bool splits_runs(const LoraParams& params, Path path) {
          narrow_shrink_serves(params) && !is_forced("wide") && !batch_invariant() && !is_few(params);
 }
 
-// More ranks and outputs of prefill than linear_wide's registers hold v of: it reads v again for each piece of y and
-// has idle SMs besides. H200, 4 adapters, wide and mma, us: 14336 outputs r160 M1024 86.1 and 70.3, M2048 130 and 104,
-// M4096 206 and 174; gate_up r160 M1024 174 and 120, M2048 267 and 191 (of 5 adapters 264 and 203), M4096 425 and 337,
-// M6144 614 and 460; r256 200 and 150, 306 and 235, 481 and 405, 703 and 567; 2048 -> 8192+4096 r160 M2048 140 and 106.
-// Fewer SMs idle: gate_up r256 M8192 702 and 766. Fewer ranks: gate_up r128 M1024 77.8 and 88.0, M2048 128 and 138,
-// M4096 219 and 245. Fewer outputs: o r256 M2048 63.3 and 82.0, M4096 96.2 and 108.
-bool is_mostly_expand(const LoraParams& params) {
-  constexpr int64_t kFewRanks = 128, kOutputsOfK = 3;  // of the K of all slices
-  constexpr int64_t kFewAdapters = 5;
-  return even_rank(params) > kFewRanks && params.slices.groups <= kFewAdapters &&
-         sum_of_widths(params.slices) >= kOutputsOfK * params.k * params.slices.count && !is_few(params) &&
-         !batch_invariant() && wide_leaves_idle(params);
-}
-
 cudaError_t choose_linear(const LoraParams& params, Path& path) {
   const bool cluster = is_few(params) && cluster_path_serves(params);
   const bool wide = wide_shrink_serves(params) && wide_expand_serves(params);
@@ -70,9 +56,7 @@ cudaError_t choose_linear(const LoraParams& params, Path& path) {
                           params.rows > params.slices.groups * int64_t{kTileRows / 2};
   const bool heavy =
       cluster && narrow_shrink_serves(params) && (decode_weight_bytes(params) >= kHeavyBytes || full_tiles);
-  const bool in_pieces = heavy || (wide && is_mostly_expand(params));
-  return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path,
-                in_pieces ? Path::kMma : Path::kCluster);
+  return choose({{cluster, wide, wide, true}}, {{true, true, true, true}}, path, heavy ? Path::kMma : Path::kCluster);
 }
 
 // Deltas alone: kMma, decode's two launches, or what linear takes, added to -0. Beside a GEMM clusters, whose blocks

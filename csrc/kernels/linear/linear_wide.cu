@@ -98,7 +98,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   // else the first of y comes after the last of x. Sums to add come right before v, and y and B no sooner than they are
   // out of the way.
   constexpr bool kEarlyY = kTiles <= 4;
-  using Stream = ExpandStream<T, kThreads, kEarlyY ? 5 : 4, kPanelBytes, !kThroughL2>;
+  // no slice has more ranks than v has columns, and no more than these where a pass is an even share of them
+  constexpr int kMostRanks = kAllTiles * kRankTile < kMaxRank ? kAllTiles * kRankTile : kMaxRank;
+  using Stream = ExpandStream<T, kThreads, kEarlyY ? 5 : 4, kPanelBytes, kMostRanks, !kThroughL2>;
   constexpr int kRingAt = kEarlyY ? Stream::kPanelsAt : 0;
   constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
   constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
@@ -395,16 +397,6 @@ int planes_of(const LoraParams& p, int parts) {
 }
 
 }  // namespace
-
-bool wide_leaves_idle(const LoraParams& p) {
-  Device device;
-  if (current_device(device) != cudaSuccess || device.major != 9) return false;
-  WideLaunches launches;
-  if (launches_of(p, device, launches) != cudaSuccess || launches.all.count < 1 || launches.few.blocks > 0)
-    return false;
-  const int64_t tiles = divide_up(p.rows, kWideTileRows);
-  return tiles * launches.all.blocks * 4 <= divide_up(tiles, launches.all.count) * device.sms * 3;
-}
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   Device device;

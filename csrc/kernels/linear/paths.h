@@ -21,8 +21,6 @@ bool wide_embedding_serves(const EmbeddingParams& params);
 /// linear for prefill in one launch (9.0); without y: shrink. `bytes`: of scratch.
 cudaError_t wide_scratch(const LoraParams& params, int64_t& bytes);
 cudaError_t linear_wide_path(const LoraParams& params, cudaStream_t stream);
-/// Whether its clusters leave a quarter of the SMs without work.
-bool wide_leaves_idle(const LoraParams& params);
 
 /// The same in pieces (8.0 and later). `planes`: parts of K, whose sums stand in params.scratch; 0: v in params.v. With
 /// planes, expand follows shrink in the same call. What is to be added goes into v, or into the first plane.

@@ -196,8 +196,9 @@ inline void wgmma_wait() {
   }
 }
 inline uint64_t swizzled_rows(const void* smem) {
-  if (reinterpret_cast<uintptr_t>(smem) % 16 != 0) std::abort();
-  return static_cast<uint64_t>(static_cast<const unsigned char*>(smem) - emu::self().block->smem) >> 4;
+  const ptrdiff_t offset = static_cast<const unsigned char*>(smem) - emu::self().block->smem;
+  if (offset % 1024 != 0) std::abort();
+  return static_cast<uint64_t>(offset) >> 4;
 }
 // Element k of row `row` of what a descriptor describes, for a step that begins inside a swizzled row.
 template <typename T>
@@ -236,7 +237,8 @@ template <typename T>
 inline void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
   wgmma<T, 4>(d, x, weights);
 }
-inline void use_after_wait(float (&)[4][4]) {}
+template <int kPieces>
+inline void use_after_wait(float (&)[kPieces][4][4]) {}
 // x from registers: those of the quad that has this lane's rows.
 template <typename T, int kTiles>
 inline void wgmma(float (*d)[8], const uint32_t (&a)[4], uint64_t weights) {
