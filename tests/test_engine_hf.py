@@ -191,6 +191,35 @@ def test_a_compiled_model_follows_the_batch(device):
             assert isinstance(in_thread(lambda: logits_of(compiled, batch)), EngineError)
 
 
+def test_attached_in_inference_mode_and_used_outside(device):
+    model = make_model("llama", device=device)
+    batch = prompts_for([0, 1], device)
+    with torch.inference_mode():
+        engine = loaded("llama", model)
+    with engine:
+        engine.unload("linears")
+        engine.load("linears", adapter_folder("llama", "linears"))
+        with engine.batch(["linears", "everything"]):
+            outside = logits_of(model, batch)
+            with torch.inference_mode():
+                torch.testing.assert_close(logits_of(model, batch), outside, rtol=0, atol=0)
+
+
+def test_a_compiled_model_takes_batches_and_lengths_it_has_not_seen(device):
+    """Nothing ran before uncompiled: what a batch makes once is asked for by the compiled model first."""
+    model = make_model("llama", device=device)
+    compiled = torch.compile(model, backend="aot_eager")
+    # by default dynamo gives up, and runs uncompiled, after 8
+    with torch.no_grad(), loaded("llama", model) as engine, torch._dynamo.config.patch(recompile_limit=64):
+        for names in (["everything", None, "linears"], ["linears", None, None]):
+            for length in (5, 9, 6):
+                ids = torch.randint(0, model.config.vocab_size, (3, length), device=device)
+                with engine.batch(names):
+                    got = [compiled(ids, logits_to_keep=keep).logits for keep in (0, 1)]
+                    want = [model(ids, logits_to_keep=keep).logits for keep in (0, 1)]
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_lm_head_on_some_positions_only(device):
     """The head then gets a slice of the hidden states, whose rows lie apart."""
     names = ["q_and_ends", None]
