@@ -293,6 +293,16 @@ def test_alignment_of_the_fast_path():
         assert table.a[0].data_ptr() % 16 == 0 and table.b[0].data_ptr() % 16 == 0
 
 
+def test_a_pool_made_and_grown_in_inference_mode_takes_adapters_outside_it():
+    with torch.inference_mode():
+        pool = make_pool()
+        pool.load(make_adapter("first", rank=16))
+    pool.load(make_adapter("second", rank=3))
+    pool.unload("first")
+    pool.load(make_adapter("first", rank=5))
+    assert pool.names == ["first", "second"]
+
+
 def test_the_site_object_is_what_ops_take():
     pool = AdapterPool(ModelTable("toy", SITES), max_adapters=2)
     table = pool.site("gate_up_mixed")

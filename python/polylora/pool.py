@@ -65,7 +65,8 @@ class _Arena:
 
     def __init__(self, what: str, shape: tuple[int, ...], alignment: int, dtype: torch.dtype, device: torch.device):
         self.what = what
-        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # adapters may come in either mode
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.ranges = _host.ArenaAllocator(shape[0], alignment)
         self.alignment = alignment
 
@@ -73,7 +74,8 @@ class _Arena:
         """Moves the contents to a larger tensor; offsets stay."""
         old = self.tensor
         capacity = round_up(capacity, self.alignment)
-        new = torch.zeros((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
+        with torch.inference_mode(False):
+            new = torch.zeros((capacity, *old.shape[1:]), dtype=old.dtype, device=old.device)
         new[: old.size(0)].copy_(old)
         self.ranges.grow(capacity)
         self.tensor = new

@@ -154,7 +154,8 @@ class SliceTable:
             groups, self._limits(), int(v_width), token_rows=self.vocab if self.token_major else 0
         )
         self._placement: _Placement | None = None
-        self.table = torch.zeros(groups, len(self.widths), WORDS, dtype=torch.int32, device=self.a[0].device)
+        with torch.inference_mode(False):  # entries may be written in either mode
+            self.table = torch.zeros(groups, len(self.widths), WORDS, dtype=torch.int32, device=self.a[0].device)
 
     # ---------------------------------------------------------------------------------------------- arenas
 

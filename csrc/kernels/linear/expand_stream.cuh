@@ -4,7 +4,7 @@
 // thread reads back only what it copied itself, so that no warp waits for another one. Only B is shared: in panels of
 // some hundred outputs, one in use and one on its way, with a barrier between them. Rows of the batch are on the M side
 // of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in narrow.cuh). While a block
-// walks its outputs, up to 128 ranks of v of the tile and slice stay in registers.
+// walks its outputs, v of the tile and slice stays in registers; of more than 128 ranks only with wgmma.
 //
 // With mma, each warp reads B for its 16 rows: of 128 ranks 8 bytes for one of y. With wgmma four warps, 64 rows, read
 // it once.

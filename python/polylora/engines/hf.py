@@ -144,10 +144,9 @@ class HfEngine:
         self.dtype = dtype or _dtype_of(next(iter(modules.values())))
         if self.dtype not in _DTYPES:
             raise EngineError(f"polylora.attach: dtype must be bfloat16, float16 or float32, got {self.dtype}")
-        with torch.inference_mode(False):  # adapters may come in either mode
-            self.pool = AdapterPool(
-                self.table, dtype=self.dtype, device=self.device, max_adapters=max_adapters, max_rank=max_rank
-            )
+        self.pool = AdapterPool(
+            self.table, dtype=self.dtype, device=self.device, max_adapters=max_adapters, max_rank=max_rank
+        )
         self._touches: dict[str, frozenset[str]] = {}
         self._running: _Running | None = None
         self._lock = threading.Lock()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from polylora.table import SliceTable
@@ -94,9 +93,8 @@ class PoolTables:
     def _table(self, key: tuple, a: Tensor | None, b: Tensor | None, build: Callable[..., SliceTable]) -> SliceTable:
         table = self._tables.get(key)
         if table is None:
-            with torch.inference_mode(False):  # later adapters may come in either mode
-                scales = [_scale(key, scale) for scale in self.scales]
-                table = build(*_both(a, b, key[-1]), self.ranks, scales, widths=key[-1])
+            scales = [_scale(key, scale) for scale in self.scales]
+            table = build(*_both(a, b, key[-1]), self.ranks, scales, widths=key[-1])
             self._tables[key] = table
         return table
 

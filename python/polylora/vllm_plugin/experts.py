@@ -56,8 +56,7 @@ class ExpertTables:
             ranks = list(self.gate_up.words()[:, :, 1].reshape(self.slots, self.experts, 1))
             widths = [self.gate_up.widths[0] // 2] * 2
             a, b = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
-            with torch.inference_mode(False):
-                self._split = SliceTable.from_vllm_moe(a, b, ranks, widths=widths, interleaved=interleaved)
+            self._split = SliceTable.from_vllm_moe(a, b, ranks, widths=widths, interleaved=interleaved)
         return self._split
 
     @property
@@ -106,8 +105,7 @@ def adopt_experts(layer: FusedMoEWithLoRA) -> ExpertTables | None:
     if reason is not None:
         say_once(f"{type(layer).__name__} keeps vLLM's kernels: {reason}.")
         return None
-    with torch.inference_mode(False):  # later adapters may come in either mode
-        tables = ExpertTables(layer)
+    tables = ExpertTables(layer)
     for t in (*layer.w13_lora_a_stacked, *layer.w2_lora_a_stacked):
         _BY_A[t.data_ptr()] = tables
     setattr(layer, _TABLES, tables)

@@ -111,8 +111,7 @@ def adopt(layer: nn.Module) -> None:
     if reason is not None:
         say_once(f"{name} keeps vLLM's kernels: {reason}.")
         return
-    with torch.inference_mode(False):  # later adapters may come in either mode
-        table = _table_of(layer, a, b)
+    table = _table_of(layer, a, b)
     _announce(table)
     setattr(layer, TABLE, table)
     setattr(layer, FUSED, None)  # asked for at every call, and a module looks long for what it has not
