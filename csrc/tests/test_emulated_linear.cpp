@@ -368,7 +368,7 @@ cudaError_t mma_pieces(LoraParams p) {
   if (!cuda::wide_shrink_serves(p) || !cuda::wide_expand_serves(p)) return cudaErrorNotSupported;
   int parts = 0;
   cuda::mma_parts(p, parts);
-  const GuardedBytes scratch(cuda::plane_bytes(p, parts));
+  const GuardedBytes scratch(cuda::plane_bytes(p, parts, p.rows));
   p.scratch = scratch.data();
   // all else is there: the next may count on shrink's having waited
   return cuda::linear_mma_path(p, parts, kAdds ? 1 : parts + 1, [&] { hide_until_waited(scratch); }, nullptr);
@@ -466,7 +466,7 @@ cudaError_t wide_halves(Problem& problem) {
 cudaError_t mma_shrink(LoraParams p) {
   int parts = 0;
   cuda::mma_parts(p, parts);
-  const GuardedBytes scratch(cuda::plane_bytes(p, parts));
+  const GuardedBytes scratch(cuda::plane_bytes(p, parts, p.rows));
   p.scratch = scratch.data();
   const cudaError_t error = cuda::shrink_mma_path(p, parts > 1 ? parts : 0, nullptr);
   hide_until_waited(scratch);
@@ -810,6 +810,60 @@ void prefill() {
   cuda::emulated_device = {0, 9, 132, 227 * 1024};
 }
 
+// Passes over x as one walk that the blocks of a cluster share.
+void passes() {
+  for (int passes = 1; passes <= 16; ++passes) {
+    for (int chunks = 1; chunks <= 40; chunks += 3) {
+      for (int parts = 1; parts <= 16; ++parts) {
+        const cuda::PassShares shares{passes, chunks, parts};
+        int least = 1 << 30, most = 0;
+        std::vector<int> of_part(static_cast<size_t>(parts));
+        bool right = true;
+        for (int pass = 0; pass < passes; ++pass) {
+          const int first = shares.first_part(pass), end = shares.end_part(pass);
+          right &= 0 <= first && first < end && end <= parts && shares.planes(pass) <= shares.most_planes();
+          right &= shares.most_planes() <= parts;
+          int done = 0;  // each chunk by one block, in order
+          for (int part = 0; part < parts; ++part) {
+            const cuda::Part own = shares.chunks_of(pass, part);
+            right &= own.begin == own.end || (first <= part && part < end && own.begin == done && own.end <= chunks);
+            done += own.end - own.begin;
+            of_part[static_cast<size_t>(part)] += own.end - own.begin;
+            // a block goes from its first pass to the last one whose first part is not behind it
+            right &= (shares.first_pass(part) <= pass && first <= part) == (first <= part && part < end);
+          }
+          right &= done == chunks;
+        }
+        for (int n : of_part) least = std::min(least, n), most = std::max(most, n);
+        CHECK(right && most - least <= 1, "%d passes of %d chunks, %d parts", passes, chunks, parts);
+      }
+    }
+  }
+  for (const auto& [name, path] :
+       {std::pair<std::string, Path>{"wide", wide}, {"wide halves", wide_halves}, {"wide apart", wide_apart}}) {
+    for (const std::vector<int>& ranks : std::vector<std::vector<int>>{
+             {128, 128, 128}, {256, 256}, {100, 140, 143}, {256, 250, 256, 240}, {200, 0, 256, 16, 256}}) {
+      std::vector<int64_t> widths(ranks.size(), 40);
+      widths[0] = 200;
+      for (int64_t k : {64, 704}) {
+        for (int sms : {132, 10, 7}) {  // clusters of up to 5, of 3, 2
+          cuda::emulated_device.sms = sms;
+          const std::string what = name + ", passes over x of " + std::to_string(ranks.size()) + " slices, k " +
+                                   std::to_string(k) + ", " + std::to_string(sms) + " SMs, rank " +
+                                   std::to_string(ranks[0]);
+          if (k == 64 && sms != 10) continue;
+          Shape shape{DType::kBFloat16, 21, k, widths, 1, ranks, "one"};
+          shape.stale_is_noise = sms == 10;
+          run(what, path, shape);
+          shape = {DType::kFloat16, 150, k, widths, 2, ranks, "segments"};
+          if (sms == 10 && ranks.size() == 3) run(what + ", more tiles", path, shape);
+        }
+      }
+      cuda::emulated_device.sms = 132;
+    }
+  }
+}
+
 // Runs of few and of many rows in one batch.
 void mixed_lengths() {
   for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster and wide", by_length<cluster_of, wide_of>},
@@ -881,6 +935,7 @@ int main() {
   testing::same_bits_at_any_place();
   testing::odd_calls();
   testing::prefill();
+  testing::passes();
   testing::mixed_lengths();
   testing::embedding();
   return testing::report();

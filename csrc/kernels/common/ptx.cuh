@@ -328,28 +328,42 @@ __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
 #define POLYLORA_REGISTERS_16 POLYLORA_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define POLYLORA_REGISTERS_32 \
   POLYLORA_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define POLYLORA_WGMMAS(T, type)                                                                                      \
-  __device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
-    POLYLORA_WGMMA(16, type, POLYLORA_REGISTERS_8, "%8, %9", POLYLORA_TILE(0));                                       \
-  }                                                                                                                   \
-  __device__ __forceinline__ void wgmma_m64n32k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
-    POLYLORA_WGMMA(32, type, POLYLORA_REGISTERS_16, "%16, %17", POLYLORA_TILE(0), POLYLORA_TILE(1));                  \
-  }                                                                                                                   \
-  __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
-    POLYLORA_WGMMA(64, type, POLYLORA_REGISTERS_32, "%32, %33", POLYLORA_TILE(0), POLYLORA_TILE(1), POLYLORA_TILE(2), \
-                   POLYLORA_TILE(3));                                                                                 \
-  }                                                                                                                   \
-  __device__ __forceinline__ void wgmma_m64n32k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {       \
-    POLYLORA_WGMMA_ROWS(32, type, POLYLORA_REGISTERS_16, "{%16, %17, %18, %19}, %20", POLYLORA_TILE(0),               \
-                        POLYLORA_TILE(1));                                                                            \
-  }                                                                                                                   \
-  __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {       \
-    POLYLORA_WGMMA_ROWS(64, type, POLYLORA_REGISTERS_32, "{%32, %33, %34, %35}, %36", POLYLORA_TILE(0),               \
-                        POLYLORA_TILE(1), POLYLORA_TILE(2), POLYLORA_TILE(3));                                        \
+#define POLYLORA_REGISTERS_48 \
+  POLYLORA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define POLYLORA_REGISTERS_64 \
+  POLYLORA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define POLYLORA_WGMMAS(T, type)                                                                                       \
+  __device__ __forceinline__ void wgmma_m64n16k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                    \
+    POLYLORA_WGMMA(16, type, POLYLORA_REGISTERS_8, "%8, %9", POLYLORA_TILE(0));                                        \
+  }                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n32k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                    \
+    POLYLORA_WGMMA(32, type, POLYLORA_REGISTERS_16, "%16, %17", POLYLORA_TILE(0), POLYLORA_TILE(1));                   \
+  }                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                    \
+    POLYLORA_WGMMA(64, type, POLYLORA_REGISTERS_32, "%32, %33", POLYLORA_TILE(0), POLYLORA_TILE(1), POLYLORA_TILE(2),  \
+                   POLYLORA_TILE(3));                                                                                  \
+  }                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n96k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                    \
+    POLYLORA_WGMMA(96, type, POLYLORA_REGISTERS_48, "%48, %49", POLYLORA_TILE(0), POLYLORA_TILE(1), POLYLORA_TILE(2),  \
+                   POLYLORA_TILE(3), POLYLORA_TILE(4), POLYLORA_TILE(5));                                              \
+  }                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n128k16(float (*d)[8], uint64_t x, uint64_t weights, T) {                   \
+    POLYLORA_WGMMA(128, type, POLYLORA_REGISTERS_64, "%64, %65", POLYLORA_TILE(0), POLYLORA_TILE(1), POLYLORA_TILE(2), \
+                   POLYLORA_TILE(3), POLYLORA_TILE(4), POLYLORA_TILE(5), POLYLORA_TILE(6), POLYLORA_TILE(7));          \
+  }                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n32k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {        \
+    POLYLORA_WGMMA_ROWS(32, type, POLYLORA_REGISTERS_16, "{%16, %17, %18, %19}, %20", POLYLORA_TILE(0),                \
+                        POLYLORA_TILE(1));                                                                             \
+  }                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[8], const uint32_t (&a)[4], uint64_t weights, T) {        \
+    POLYLORA_WGMMA_ROWS(64, type, POLYLORA_REGISTERS_32, "{%32, %33, %34, %35}, %36", POLYLORA_TILE(0),                \
+                        POLYLORA_TILE(1), POLYLORA_TILE(2), POLYLORA_TILE(3));                                         \
   }
 POLYLORA_WGMMAS(__nv_bfloat16, bf16)
 POLYLORA_WGMMAS(__half, f16)
 #undef POLYLORA_WGMMAS
+#undef POLYLORA_REGISTERS_64
+#undef POLYLORA_REGISTERS_48
 #undef POLYLORA_REGISTERS_32
 #undef POLYLORA_REGISTERS_16
 #undef POLYLORA_REGISTERS_8

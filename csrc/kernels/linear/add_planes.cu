@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads, 4) add_planes_kernel(const __grid_co
   const int quads = item.rank_tiles * (kRankTile / 4);  // a row
 #pragma unroll 1
   for (int e = threadIdx.x; e < (end - begin) * quads; e += blockDim.x) {
-    float* at = task.plane + int64_t{item.pos + begin + e / quads} * task.plane_width + e % quads * 4;
-    *reinterpret_cast<float4*>(at) = add_planes(task, at);
+    float* at = task.plane + int64_t{item.plane_row + begin + e / quads} * task.plane_width + e % quads * 4;
+    *reinterpret_cast<float4*>(at) = add_planes(task, at, task.planes);
   }
 }
 
@@ -37,7 +37,7 @@ cudaError_t launch_add(const LoraParams& p, int planes, cudaStream_t stream) {
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   LinearTask task = wide_task(p);
-  set_planes(task, p, planes);
+  set_planes(task, p, planes, p.rows);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (kWideTileRows / kRows)));
   shape.threads = kThreads;

@@ -17,7 +17,7 @@ namespace polylora::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kStages = 5;
+constexpr int kGranules = 2;  // of y, a warp
 constexpr int kPanelBytes = 32 * 1024;
 constexpr int kMaxParts = 16;
 
@@ -27,7 +27,7 @@ struct LookupTask {
 };
 
 // Shared memory: the stream's ring, item, tokens, v, its barrier.
-constexpr int kItemAt = ExpandStream<__half, kThreads, kStages, kPanelBytes>::kBytes;
+constexpr int kItemAt = ExpandStream<__half, kThreads, kGranules, kPanelBytes>::kBytes;
 constexpr int kTokenAt = kItemAt + static_cast<int>(sizeof(WideItem));
 constexpr int kVAt = kTokenAt + kWideTileRows * static_cast<int>(sizeof(int64_t));
 constexpr int kBarrierAt = kVAt + kWideTileRows * StreamV::pitch(kMaxRank) * 2;
@@ -37,7 +37,7 @@ static_assert(kSmem <= 227 * 1024 && kVAt % 16 == 0);
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) embedding_wide(const __grid_constant__ LookupTask params) {
 #if POLYLORA_HAS_WGMMA
-  using Stream = ExpandStream<T, kThreads, kStages, kPanelBytes>;
+  using Stream = ExpandStream<T, kThreads, kGranules, kPanelBytes>;
   static_assert(sizeof(ByteBarrier) == kSmem - kBarrierAt);
   const LinearTask& task = params.linear;
   unsigned char* smem = ptx::dynamic_smem();

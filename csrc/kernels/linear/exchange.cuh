@@ -1,8 +1,8 @@
 // How the blocks of a cluster add their parts of K: in each other's shared memory, without a detour through L2.
 //
-// Of every pass over x, a block holds its part's sums in the registers of its tensor cores. They are cut into units,
-// each owned by one block: it gets the unit's sums from all blocks, adds them in the order of K, and passes on what is
-// wanted of them, in linear to all blocks that expand the slice. The barrier that counts what arrives serves
+// Of a pass over x, a block holds its part's sums in the registers of its tensor cores. They are cut into units, each
+// owned by one block: it gets the unit's sums from all blocks, adds them in the order of K, and sends what is wanted of
+// them to all blocks that expand the slice. The barrier that counts what arrives serves
 // embedding_wide.cu, too.
 #pragma once
 
@@ -42,17 +42,17 @@ struct ExchangeBarriers {
 };
 static_assert(sizeof(ExchangeBarriers) == kExchangeBytes);
 
-/// The units of a pass: 8 rows of a pair of rank tiles. Of a pair, the second may not be there. A rank tile's part of a
-/// unit is a fragment, as a warp's accumulators hold it: of lane 4g + t ranks 2t, 2t + 1, 8 + 2t, 9 + 2t of row g.
+/// The units: 8 rows of one of the item's blocks of 32 ranks, a pair of rank tiles. Of a pair, the second may not be
+/// there. A rank tile's part of a unit is a fragment, as a warp's accumulators hold it: of lane 4g + t ranks 2t, 2t +
+/// 1, 8 + 2t, 9 + 2t of row g.
 class SumUnits {
  public:
   static constexpr int kRows = 8;
   static constexpr int kFragmentBytes = kRows * kRankTile * 4;
 
-  /// Of `tiles` rank tiles from `base` on. `by_block`: the pairs are the item's blocks of 32 ranks; else neighbours.
-  __device__ __forceinline__ SumUnits(const WideItem& item, int base, int tiles, bool by_block, int parts)
-      : item_(item), base_(base), tiles_(tiles), by_block_(by_block), parts_(parts), lane_(ptx::thread_again() % 32) {
-    pairs_ = by_block ? item.blocks : (tiles + 1) / 2;
+  __device__ __forceinline__ SumUnits(const WideItem& item, int parts)
+      : item_(item), parts_(parts), lane_(ptx::thread_again() % 32) {
+    pairs_ = item.blocks;
     units_ = row_groups() * pairs_;
     per_part_ = 1.f / static_cast<float>(parts_);
     per_pair_ = 1.f / static_cast<float>(pairs_);
@@ -74,26 +74,27 @@ class SumUnits {
     return (fragments_before(first(part + 1)) - fragments_before(first(part))) * parts_ * kFragmentBytes;
   }
 
-  /// Sends this warp's fragment of rows 8 `row_group`.. and rank tile `tile` of the pass to its owner.
+  /// Sends this warp's fragment of rows 8 `row_group`.. and rank tile `tile` to its owner.
   __device__ __forceinline__ void send(const unsigned char* inbox, const uint64_t* barrier, int part, int row_group,
                                        int tile, float4 sums) const {
-    const int unit = row_group * pairs_ + pair_of(tile);
+    const RankTile at_tile = item_.rank_tile[tile];
+    const int unit = row_group * pairs_ + item_.first_block[at_tile.slice] + at_tile.first_rank / 32;
     const int owner = divide(unit * parts_, per_unit_);
-    const unsigned char* to = inbox + at(unit - first(owner), half_of(tile), part);
+    const unsigned char* to = inbox + at(unit - first(owner), at_tile.first_rank / kRankTile % 2, part);
     ptx::store_async(ptx::map_to_rank(to, owner), sums, ptx::map_to_rank(barrier, owner));
   }
 
   struct Unit {
-    int row;      // the item's, of this lane
-    int pair;     // of the pass
-    int tile;     // the item's, the first of the pair
+    int row;  // the item's, of this lane
+    int pair;
+    int tile;     // the first of the pair
     bool is_two;  // whether there is a second
   };
   __device__ __forceinline__ Unit unit(int index) const {
     const int row_group = divide(index, per_pair_);
     const int pair = index - row_group * pairs_;
-    const int tile = first_tile(pair);
-    return {row_group * kRows + lane_ / 4, pair, base_ + tile, first_tile(pair + 1) - tile == 2};
+    const int tile = item_.block_tile[pair];
+    return {row_group * kRows + lane_ / 4, pair, tile, item_.block_tile[pair + 1] - tile == 2};
   }
 
   /// A fragment of the `slot`th own unit: the parts in their order.
@@ -117,26 +118,12 @@ class SumUnits {
     return ((slot * 2 + half) * parts_ + part) * kFragmentBytes + lane_ * 16;
   }
 
-  __device__ __forceinline__ int first_tile(int pair) const {
-    return by_block_ ? item_.block_tile[pair] : min(2 * pair, tiles_);
-  }
-  __device__ __forceinline__ int pair_of(int tile) const {
-    if (!by_block_) return tile / 2;
-    const RankTile at = item_.rank_tile[tile];
-    return item_.first_block[at.slice] + at.first_rank / 32;
-  }
-  __device__ __forceinline__ int half_of(int tile) const {
-    return (by_block_ ? item_.rank_tile[tile].first_rank / kRankTile : tile) % 2;
-  }
-
   __device__ __forceinline__ int fragments_before(int unit) const {
     const int row_group = divide(unit, per_pair_);
-    return row_group * tiles_ + first_tile(unit - row_group * pairs_);
+    return row_group * item_.rank_tiles + item_.block_tile[unit - row_group * pairs_];
   }
 
   const WideItem& item_;
-  const int base_, tiles_;
-  const bool by_block_;
   const int parts_;
   const int lane_;
   int pairs_, units_;
@@ -164,7 +151,7 @@ class SharedV {
   __device__ __forceinline__ void send(const uint64_t* barrier, const SumUnits::Unit& unit, float4 first,
                                        float4 second) const {
     const RankTile tile = item_.rank_tile[unit.tile];
-    const int t = static_cast<int>(threadIdx.x) % 4;
+    const int t = ptx::thread_again() % 4;
     // beyond the rank stand products of x and nothing: NaN where x is not finite
     const int left = item_.rank[tile.slice] - tile.first_rank - 2 * t;
     const auto packed = [&](float a, float b, int r) { return pack(r < left ? a : 0.f, r + 1 < left ? b : 0.f, T{}); };

@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(
           const Lookup lookup(slice, entry.a_row, rank, params.tokens.token_major);
           bits = lookup.load(token_of(params.tokens, batch_row), r);
         } else {
-          const float4 sum =
-              task.planes > 0 ? add_planes(task, from_planes + r) : load_v4(task, batch_row, entry.v_col, r, rank);
+          const float4 sum = task.planes > 0 ? add_planes(task, from_planes + r, task.planes)
+                                             : load_v4(task, batch_row, entry.v_col, r, rank);
           bits = {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
         }
         *reinterpret_cast<uint2*>(smem_v + v_row * pitch + r) = bits;

@@ -1,10 +1,15 @@
 // expand for prefill: y += scale * v B^T as a stream over y with a small product inside.
 //
-// A warp takes 16 rows and 32 outputs at a time, a piece of y, which comes through a ring of its own by cp.async; a
-// thread reads back only what it copied itself, so that no warp waits for another one. Only B is shared: in panels of
-// some hundred outputs, one in use and one on its way, with a barrier between them. Rows of the batch are on the M side
-// of mma, outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in narrow.cuh). While a block
-// walks its outputs, v of the tile and slice stays in registers; of more than 128 ranks only with wgmma.
+// A warp takes 16 rows and 32 outputs at a time, a piece of y. Pieces come through a ring of its own by cp.async, two
+// neighbours at once, a granule: of a row, 128 bytes are asked for together, and stored together. The memory is slower
+// with 64 at a time (H200, y of 8192 x 28672 read and written, without any products: 304 and 266 us). A thread reads
+// back only what it copied itself, so that no warp waits for another one. Only B is shared: in panels of some hundred
+// outputs, one in use and one on its way, with a barrier between them. Rows of the batch are on the M side of mma,
+// outputs on its N side, numbered so that a thread owns 8 consecutive ones (as in narrow.cuh). While a block walks its
+// outputs, v of the tile and slice stays in registers; of more than 128 ranks only with wgmma.
+//
+// Of more than 128 ranks, a panel has room for a piece of each warp, not for a granule: pieces come one by one, and the
+// barriers keep the warps side by side together, whose pieces are neighbours.
 //
 // With mma, each warp reads B for its 16 rows: of 128 ranks 8 bytes for one of y. With wgmma four warps, 64 rows, read
 // it once.
@@ -53,11 +58,6 @@ struct StreamB {
     return b + (i % 2 == 0 ? 32 * i : 32 * (i - 1) + ((g & 1) == 0 ? 32 : -32));
   }
 
-  /// Of panels in which a warp's neighbouring pieces are multiplied together: their outputs after each other.
-  __device__ __forceinline__ static int place_in_pairs(int n) {
-    return (place(n) & ~96) | (n & 32) << 1 | (n & 64) >> 1;
-  }
-
   /// The same as wgmma wants it: 64 ranks of all `places` after each other, a row of 128 bytes each, swizzled.
   __device__ __forceinline__ static int swizzled_at(int place, int places, int r) {
     return (r / 64 * places + place) * 64 + (r % 64 ^ place % 8 * 8);
@@ -70,10 +70,10 @@ template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 /// v of slice s of rows [rows.begin, rows.end) of the item to shared memory; of sums, the one rounding happens here,
-/// unscaled as in the plain formula. Who reads v syncs before.
+/// unscaled as in the plain formula. Who reads v syncs before. `counts`: of planes; null: task.planes.
 template <typename T, bool kOftenOnePlane = false>
 __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item, int s,
-                                       Part rows, const Operands& operands = {}) {
+                                       Part rows, const Operands& operands = {}, const PlaneCounts* counts = nullptr) {
   const int rank = item.rank[s];
   const int columns = StreamV::columns(rank);
   // quads of ranks in a row, as if their number were a power of 2; those beyond the columns are left out
@@ -97,7 +97,8 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
   if (task.planes > 0) {
     // of a row's planes, up to 2^31 elements apart
     const float* from =
-        task.plane + int64_t{item.pos + rows.begin} * task.plane_width + item.first_rank_tile[s] * kRankTile;
+        task.plane + int64_t{item.plane_row + rows.begin} * task.plane_width + item.first_rank_tile[s] * kRankTile;
+    const int most = counts != nullptr ? counts->most : task.planes;
     // kItems * kPlanes loads on their way at once
     const auto add_all = [&](auto items_at_once, auto planes_at_once) {
       constexpr int kItems = decltype(items_at_once)::value;
@@ -111,10 +112,12 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
             const int e = first + i * blockDim.x;
             const float* at = from + plane * task.plane_elements + row_of(e) * task.plane_width + rank_of(e);
             const bool real = e < items && rank_of(e) < rank;
+            int planes = task.planes;
+            if (counts != nullptr && real) planes = counts->of_tile[item.first_rank_tile[s] + rank_of(e) / kRankTile];
 #pragma unroll
             for (int j = 0; j < kPlanes; ++j) {
               sum[i][j] = {0.f, 0.f, 0.f, 0.f};
-              if (real && plane + j < task.planes) sum[i][j] = *reinterpret_cast<const float4*>(at);
+              if (real && plane + j < planes) sum[i][j] = *reinterpret_cast<const float4*>(at);
               at += task.plane_elements;
             }
           }
@@ -130,7 +133,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
         if (kItems == 1) {
           float4 all = sum[0][0];
 #pragma unroll 1
-          for (int plane = kPlanes; plane < task.planes; plane += kPlanes) {
+          for (int plane = kPlanes; plane < most; plane += kPlanes) {
             load(plane);
 #pragma unroll
             for (int j = 0; j < kPlanes; ++j) add(all, sum[0][j]);
@@ -145,9 +148,9 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
         }
       }
     };
-    if (kOftenOnePlane && task.planes == 1) return add_all(Constant<6>{}, Constant<1>{});
-    if (task.planes <= 2) return add_all(Constant<4>{}, Constant<2>{});
-    if (task.planes <= 4) return add_all(Constant<2>{}, Constant<4>{});
+    if (kOftenOnePlane && most == 1) return add_all(Constant<6>{}, Constant<1>{});
+    if (most <= 2) return add_all(Constant<4>{}, Constant<2>{});
+    if (most <= 4) return add_all(Constant<2>{}, Constant<4>{});
     return add_all(Constant<1>{}, Constant<8>{});
   }
   if (operands.v != nullptr) {
@@ -193,12 +196,16 @@ __device__ __forceinline__ void copy_b_slowly(T* to, const T* from, int64_t stri
   }
 }
 
-/// Walks neighbouring units of a tile and slice. 256 or 512 threads; kStages pieces of y a warp, kPanelBytes of B
+/// Walks neighbouring units of a tile and slice. 256 or 512 threads; kGranules granules of y a warp, kPanelBytes of B
 /// twice; of slices of up to kMostRanks. kWgmma: of all rows of a tile.
-template <typename T, int kThreads, int kStages, int kPanelBytes, int kMostRanks = kMaxRank, bool kWgmma = false>
+template <typename T, int kThreads, int kGranules, int kPanelBytes, int kMostRanks = kMaxRank, bool kWgmma = false>
 class ExpandStream {
+  static constexpr int kPieces = 2;                                            // of a granule
+  static constexpr int kGranuleBytes = kThreads / 32 * kPieces * kPieceBytes;  // of all warps
+
  public:
-  static constexpr int kPanelsAt = kThreads / 32 * kStages * kPieceBytes;
+  static constexpr int kEarlyBytes = (kGranules - 1) * kGranuleBytes;  // that the first copies of y take
+  static constexpr int kPanelsAt = kGranules * kGranuleBytes;
   static constexpr int kBytes = kPanelsAt + 2 * kPanelBytes;  // of the ring
 
   __device__ __forceinline__ ExpandStream(const LinearTask& task, const WideItem& item, unsigned char* ring)
@@ -220,7 +227,7 @@ class ExpandStream {
     busy_ = v_row_ >= 0 && warp() % 8 * 16 < min(rows.end, item_.rows);
     has_low_ = busy_ && row < item_.rows;
     has_high_ = busy_ && row + 8 < item_.rows;
-    const int first_output = kOutputs * (warp() / 8) + 8 * t();
+    const int first_output = (is_single() ? 1 : kPieces) * kOutputs * (warp() / 8) + 8 * t();
     left_ = outputs_ - first_output;
     T* y = static_cast<T*>(task_.y) + slice.col + n_begin + first_output;
     low_ = y + low * task_.y_stride;
@@ -235,20 +242,28 @@ class ExpandStream {
 
   /// Starts the first copies. All threads are done with the ring.
   __device__ __forceinline__ void start() const {
-    start_panel(0);
-    start_pieces(0);
-  }
-
-  /// Instead, while the ring's place for B is still in use: the first kAhead pieces of y, one by one or all from
-  /// `first` on, then B.
-  static constexpr int kAhead = kStages - 1;
-  __device__ __forceinline__ void start_piece(int i) const { start_y(i * kPieceBytes, i); }
-  __device__ __forceinline__ void start_pieces(int first) const {
+    start_last_panel();
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (i < first) continue;
-      start_piece(i);
+      start_y(i);
       ptx::commit_copies();
+    }
+  }
+
+  /// Instead, while the ring's place for B is still in use: the first kAhead granules of y, one by one, or all from
+  /// `first` on; they go with the caller's next commit. Then B.
+  static constexpr int kAhead = kGranules - 1;
+  __device__ __forceinline__ void start_y(int i) const {
+    if (is_single()) {
+      for (int j = 0; j < kPieces; ++j) start_piece(i * kGranuleBytes + j * kPieceBytes, kPieces * i + j);
+    } else {
+      start_granule(i * kGranuleBytes, i);
+    }
+  }
+  __device__ __forceinline__ void start_all_y(int first) const {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i >= first) start_y(i);
     }
   }
   __device__ __forceinline__ void start_last_panel() const {
@@ -261,7 +276,7 @@ class ExpandStream {
   __device__ __forceinline__ void run(const T* smem_v, int pitch, const int64_t* token = nullptr,
                                       bool b_is_last = false) {
     thread_ = ptx::thread_again();
-    if (b_is_last) ptx::wait_copies<0>();
+    if (b_is_last || is_single()) ptx::wait_copies<0>();
     if (token != nullptr) {
       const int row = warp() % 8 * 16 + g();
       has_low_ &= token[row] >= 0;
@@ -301,28 +316,38 @@ class ExpandStream {
  private:
   static constexpr int kOutputs = 32;             // of a piece
   static constexpr int kSide = kThreads / 256;    // warps side by side
-  static constexpr int kStep = kOutputs * kSide;  // outputs from a warp's piece to its next one
+  static constexpr int kStep = kOutputs * kSide;  // outputs of a piece of each of these
 
   __device__ __forceinline__ int warp() const { return thread_ / 32; }
   __device__ __forceinline__ int lane() const { return thread_ % 32; }
   __device__ __forceinline__ int g() const { return lane() / 4; }
   __device__ __forceinline__ int t() const { return lane() % 4; }
 
-  // this thread's part of the warp's ring: of a piece 16 bytes of row g, and 512 bytes further 16 of row g + 8
+  // this thread's part of the warp's first granule: of a piece 16 bytes of row g, and 512 bytes further 16 of row g + 8
   __device__ __forceinline__ unsigned char* my_ring() const {
-    return ring_ + warp() * (kStages * kPieceBytes) + lane() * 16;
+    return ring_ + warp() * (kPieces * kPieceBytes) + lane() * 16;
   }
 
-  // The piece `ahead` steps from here.
-  __device__ __forceinline__ void start_y(int slot, int ahead) const {
+  // Whether a panel has room for a piece of each warp alone.
+  __device__ __forceinline__ bool is_single() const { return kMostRanks > 128 && columns_ > 128; }
+
+  // The piece, the granule `ahead` from here.
+  __device__ __forceinline__ void start_piece(int slot, int ahead) const {
     unsigned char* to = my_ring() + slot;
     if (left_ <= ahead * kStep) return;
     if (has_low_) ptx::copy_async16(to, low_ + ahead * kStep, 16);
     if (has_high_) ptx::copy_async16(to + 512, high_ + ahead * kStep, 16);
   }
-
-  // Up to so many, wgmma takes two pieces of a warp at once: a panel has room for two of each warp.
-  static constexpr int kPairColumns = 128;
+  __device__ __forceinline__ void start_granule(int slot, int ahead) const {
+    unsigned char* to = my_ring() + slot;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int n = ahead * kPieces * kStep + i * kOutputs;
+      if (left_ <= n) break;
+      if (has_low_) ptx::copy_async16(to + i * kPieceBytes, low_ + n, 16);
+      if (has_high_) ptx::copy_async16(to + i * kPieceBytes + 512, high_ + n, 16);
+    }
+  }
 
   __host__ __device__ static constexpr int panel_steps_of(int columns) { return kPanelBytes / (columns * 2 * kStep); }
 
@@ -336,7 +361,6 @@ class ExpandStream {
     return reinterpret_cast<T*>(ring_ + kPanelsAt + panel % 2 * kPanelBytes);
   }
 
-  // Without a commit: they belong to the next piece's group.
   template <int kColumns = 0>
   __device__ __forceinline__ void start_panel(int panel) const {
     const int columns = kColumns > 0 ? kColumns : columns_;
@@ -348,7 +372,7 @@ class ExpandStream {
     T* to = panel_at(panel);
     const auto at = [&](int n, int r) {
       if (!kWgmma) return StreamB::at(StreamB::place(n), columns, r);
-      return StreamB::swizzled_at(columns <= kPairColumns ? StreamB::place_in_pairs(n) : StreamB::place(n), places, r);
+      return StreamB::swizzled_at(StreamB::place(n), places, r);
     };
     if (((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) != 0) {
       return copy_b_slowly(to, b_ + panel * places * stride, stride, places, outputs, columns, entry.rank, at);
@@ -374,60 +398,86 @@ class ExpandStream {
     }
   }
 
-  // What every step of a walk shares: a panel of B is there, another one on its way; a piece of y is there, and another
+  // What every step of a walk shares: a panel of B is there, another one on its way; a granule of y is there, another
   // one on its way; a piece gets its products.
+  //
+  // Of what is on its way, younger than a panel are the granules, or single pieces, started since the panel before
+  // began: as many as that panel has; at the walk's begin kAhead. Younger than a granule are the next kAhead - 1, and
+  // the next panel, unless it was started before that granule, kAhead granules ago. A single piece came before its
+  // panel.
   template <int kColumns>
   __device__ __forceinline__ void begin_panel(int panel) const {
-    // its copies went with the piece that the first step of the panel before started: all groups but its last are
-    // younger; or, of one step, before that piece
-    const int steps = panel_steps<kColumns>();
-    if (steps >= kStages - 1) {
-      ptx::wait_copies<kStages - 2>();
-    } else {
+    if (panel_steps<kColumns>() < kAhead * kPieces) {
       ptx::wait_copies<1>();
+    } else {
+      ptx::wait_copies<kAhead>();
     }
     if (kWgmma) fence_panel();
     __syncthreads();  // the panel is there for all, and all are done with the one before
     start_panel<kColumns>(panel + 1);
-    if (steps == 1) ptx::commit_copies();  // else that piece, the youngest, would have to be waited for
-  }
-  __device__ __forceinline__ void begin_piece(int slot) const {
-    ptx::wait_copies<kStages - 2>();
-    start_y(slot == 0 ? (kStages - 1) * kPieceBytes : slot - kPieceBytes, kStages - 1);
     ptx::commit_copies();
   }
-  __device__ __forceinline__ void add_products(const float (&acc)[4][4], int slot) const {
+  // `in_panel`: granules since it began.
+  __device__ __forceinline__ void begin_granule(int slot, int in_panel) const {
+    if (in_panel < kAhead) {
+      ptx::wait_copies<kAhead>();
+    } else {
+      ptx::wait_copies<kAhead - 1>();
+    }
+    start_granule(slot == 0 ? kAhead * kGranuleBytes : slot - kGranuleBytes, kAhead);
+    ptx::commit_copies();
+  }
+  // Of the ring, single pieces have the places of the granules ahead, and one more.
+  __device__ __forceinline__ void begin_piece(int slot) const {
+    static_assert(kMostRanks <= 128 || kAhead == 1);
+    start_piece(slot == 0 ? kGranuleBytes : slot == kPieceBytes ? 0 : kPieceBytes, kPieces);
+    ptx::commit_copies();
+  }
+  // Of the piece `n` outputs on, which stands at `at` of the ring.
+  __device__ __forceinline__ void add_products(const float (&acc)[4][4], int at, int n) const {
     const float scale = item_.entry[s_].scale;
     const auto finish = [&](int half, T* y) {
       float delta[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) delta[j] = acc[j / 2][half * 2 + j % 2];
-      const uint4 base = *reinterpret_cast<const uint4*>(my_ring() + slot + half * 512);
+      const uint4 base = *reinterpret_cast<const uint4*>(my_ring() + at + half * 512);
       ptx::store16(y, add_scaled<T>(base, scale, delta));
     };
-    if (has_low_ && left_ > 0) finish(0, low_);
-    if (has_high_ && left_ > 0) finish(1, high_);
+    if (has_low_ && left_ > n) finish(0, low_ + n);
+    if (has_high_ && left_ > n) finish(1, high_ + n);
+  }
+  __device__ __forceinline__ void end_granule(int& slot) {
+    slot = slot == kAhead * kGranuleBytes ? 0 : slot + kGranuleBytes;
+    advance(kPieces * kStep);
   }
   __device__ __forceinline__ void end_piece(int& slot) {
-    slot = slot == (kStages - 1) * kPieceBytes ? 0 : slot + kPieceBytes;
-    low_ += kStep;
-    high_ += kStep;
-    left_ -= kStep;
+    slot = slot == 0 ? kPieceBytes : slot == kPieceBytes ? kGranuleBytes : 0;
+    advance(kStep);
+  }
+  __device__ __forceinline__ void advance(int outputs) {
+    low_ += outputs;
+    high_ += outputs;
+    left_ -= outputs;
   }
 
-  // kBlocks: blocks of 32 ranks whose v stays in registers; 0: any number, read for every piece.
+  // kBlocks: blocks of 32 ranks whose v stays in registers; 0: more than 128 ranks, whose v is read for every piece.
   template <int kBlocks>
   __device__ __forceinline__ void walk(const T* v) {
     constexpr int kHeld = kBlocks > 0 ? kBlocks : 1;
+    constexpr int kGroup = kBlocks > 0 ? kPieces : 1;  // pieces in a row
+    // multiplied before they are stored; of more ranks there are not the registers
+    constexpr int kTogether = kBlocks == 1 ? kGroup : 1;
+    static_assert(kBlocks == 0 || panel_steps_of(32 * kBlocks) % kGroup == 0);
     uint32_t held[kHeld][2][4] = {};  // without a first value they would count as in use ever since the kernel began
+    const int columns = kBlocks > 0 ? 32 * kBlocks : columns_;
     int slot = 0, panel = 0, left_in_panel = 0;
     const T* b = nullptr;
 #pragma unroll 1
-    for (int left = outputs_; left > 0; left -= kStep) {
+    for (int left = outputs_; left > 0; left -= kGroup * kStep) {
       if (left_in_panel == 0) {
         left_in_panel = panel_steps<32 * kBlocks>();
         begin_panel<32 * kBlocks>(panel);
-        b = panel_at(panel) + StreamB::at(warp() / 8 * kOutputs + g(), kBlocks > 0 ? 32 * kBlocks : columns_, 8 * t());
+        b = panel_at(panel) + StreamB::at(warp() / 8 * kGroup * kOutputs + g(), columns, 8 * t());
         ++panel;
         if (kBlocks > 0 && panel == 1 && busy_) {
 #pragma unroll
@@ -437,32 +487,50 @@ class ExpandStream {
           }
         }
       }
-      --left_in_panel;
-      begin_piece(slot);
-      if (busy_ && left_ + 8 * t() > 0) {
-        float acc[4][4] = {};
-        const int columns = kBlocks > 0 ? 32 * kBlocks : columns_;
+      if (kBlocks > 0) {
+        begin_granule(slot, (panel_steps<32 * kBlocks>() - left_in_panel) / kPieces);
+      } else {
+        begin_piece(slot);
+      }
+#pragma unroll 1
+      for (int piece = 0; piece < kGroup; piece += kTogether) {
+        if (busy_ && left_ + 8 * t() > piece * kOutputs) {
+          float acc[kTogether][4][4] = {};
 #pragma unroll
-        for (int i = 0; i < (kBlocks > 0 ? kBlocks : kMaxRank / 32); ++i) {
-          if (kBlocks == 0 && 32 * i >= columns) break;
-          if (kBlocks == 0) {
-            ptx::load_matrices(held[0][0], v + 32 * i);
-            ptx::load_matrices(held[0][1], v + 32 * i + 16);
+          for (int p = 0; p < kTogether; ++p) {
+#pragma unroll
+            for (int i = 0; i < (kBlocks > 0 ? kBlocks : kMaxRank / 32); ++i) {
+              if (kBlocks == 0 && 32 * i >= columns) break;
+              if (kBlocks == 0) {
+                ptx::load_matrices(held[0][0], v + 32 * i);
+                ptx::load_matrices(held[0][1], v + 32 * i + 16);
+              }
+              const uint32_t (&rows)[2][4] = held[kBlocks > 0 ? i : 0];
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const T* from = StreamB::block(b, columns, g(), i) + (p * kOutputs + j * 8) * columns;
+                const uint4 weights = *reinterpret_cast<const uint4*>(from);
+                const uint32_t b0[2] = {weights.x, weights.y};
+                const uint32_t b1[2] = {weights.z, weights.w};
+                ptx::mma_m16n8k16<T>(acc[p][j], rows[0], b0);
+                ptx::mma_m16n8k16<T>(acc[p][j], rows[1], b1);
+              }
+            }
           }
-          const uint32_t (&rows)[2][4] = held[kBlocks > 0 ? i : 0];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint4 weights = *reinterpret_cast<const uint4*>(StreamB::block(b, columns, g(), i) + j * 8 * columns);
-            const uint32_t b0[2] = {weights.x, weights.y};
-            const uint32_t b1[2] = {weights.z, weights.w};
-            ptx::mma_m16n8k16<T>(acc[j], rows[0], b0);
-            ptx::mma_m16n8k16<T>(acc[j], rows[1], b1);
+          for (int p = 0; p < kTogether; ++p) {
+            add_products(acc[p], slot + (piece + p) * kPieceBytes, (piece + p) * kOutputs);
           }
         }
-        add_products(acc, slot);
+        b += kTogether * kOutputs * columns;
       }
-      b += kStep * (kBlocks > 0 ? 32 * kBlocks : columns_);
-      end_piece(slot);
+      b += kGroup * (kStep - kOutputs) * columns;  // of the warps beside
+      left_in_panel -= kGroup;
+      if (kBlocks > 0) {
+        end_granule(slot);
+      } else {
+        end_piece(slot);
+      }
     }
   }
 
@@ -471,19 +539,20 @@ class ExpandStream {
   template <int kTimes>
   __device__ __forceinline__ void walk_together(const T* v, int pitch) {
 #if defined(POLYLORA_HAS_WGMMA)
-    constexpr bool kPairs = 64 * kTimes <= kPairColumns;
-    static_assert(!kPairs || panel_steps_of(64 * kTimes) % 2 == 0);
-    constexpr int kStepB = kStep * 128 >> 4;                               // of a descriptor: to the next piece
-    constexpr int kRanks64 = panel_steps_of(64 * kTimes) * kStepB;         // to the next 64 ranks
-    constexpr int kSideB = kOutputs * 128 * (kPairs ? 2 : 1) / sizeof(T);  // elements: to the next warps' outputs
-    uint32_t held[4 * kTimes][4] = {};                                     // a first value: see walk
-    const bool has_rows = warp() % 8 / 4 * 64 < item_.rows;                // of the warpgroup
+    constexpr int kSteps = panel_steps_of(64 * kTimes);
+    constexpr int kGroup = 64 * kTimes <= 128 ? kPieces : 1;  // pieces that are multiplied at once
+    static_assert(kSteps % kGroup == 0);
+    constexpr int kStepB = kStep * 128 >> 4;                 // of a descriptor: to the next piece
+    constexpr int kRanks64 = kSteps * kStepB;                // to the next 64 ranks
+    constexpr int kSideB = kGroup * kOutputs * 128 / 2;      // elements: to the next warps' outputs
+    uint32_t held[4 * kTimes][4] = {};                       // a first value: see walk
+    const bool has_rows = warp() % 8 / 4 * 64 < item_.rows;  // of the warpgroup
     int slot = 0, panel = 0, left_in_panel = 0;
     uint64_t b = 0;
 #pragma unroll 1
-    for (int left = outputs_; left > 0; left -= kPairs ? 2 * kStep : kStep) {
+    for (int left = outputs_; left > 0; left -= kGroup * kStep) {
       if (left_in_panel == 0) {
-        left_in_panel = panel_steps<64 * kTimes>();
+        left_in_panel = kSteps;
         begin_panel<64 * kTimes>(panel);
         b = ptx::swizzled_rows(panel_at(panel) + warp() / 8 * kSideB);
         ++panel;
@@ -501,13 +570,13 @@ class ExpandStream {
           }
         }
       }
-      float acc[kPairs ? 2 : 1][4][4] = {};
+      float acc[kGroup][4][4] = {};
       if (has_rows) {
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4 * kTimes; ++i) {
           const uint64_t at = b + i / 4 * kRanks64 + i % 4 * 2;
-          if constexpr (kPairs) {
+          if constexpr (kGroup == 2) {
             ptx::wgmma_m64n64k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
           } else {
             ptx::wgmma_m64n32k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
@@ -515,19 +584,25 @@ class ExpandStream {
         }
         ptx::wgmma_commit();
       }
-      // of a pair, the second piece may be none: its place in the panel is there
-#pragma unroll
-      for (int i = 0; i < (kPairs ? 2 : 1); ++i) {
+      if constexpr (kGroup == 2) {
+        begin_granule(slot, (kSteps - left_in_panel) / kPieces);
+      } else {
         begin_piece(slot);
-        if (i == 0) {
-          ptx::wgmma_wait<0>();
-          ptx::use_after_wait(acc);
-        }
-        add_products(acc[i], slot);
-        end_piece(slot);
-        --left_in_panel;
-        b += kStepB;
       }
+      ptx::wgmma_wait<0>();
+      ptx::use_after_wait(acc);
+      // of a granule, the second piece may be none: its place in the panel is there
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        add_products(acc[i], slot + i * kPieceBytes, i * kOutputs);
+      }
+      if constexpr (kGroup == 2) {
+        end_granule(slot);
+      } else {
+        end_piece(slot);
+      }
+      left_in_panel -= kGroup;
+      b += kGroup * kStepB;
     }
 #endif
   }

@@ -20,7 +20,7 @@ struct LargeBlock {
   static constexpr int kThreads = 512, kPerSm = 1, kPanelBytes = 32 * 1024;
 };
 constexpr int64_t kManyUnits = 2048;  // of all tiles
-constexpr int kStages = 5;
+constexpr int kGranules = 2;          // of y, a warp
 
 struct ExpandTask {
   LinearTask linear;
@@ -32,7 +32,7 @@ struct ExpandTask {
 // Shared memory: ring, item, tokens, v.
 template <typename Block>
 struct ExpandSmem {
-  static constexpr int kItemAt = ExpandStream<__half, Block::kThreads, kStages, Block::kPanelBytes>::kBytes;
+  static constexpr int kItemAt = ExpandStream<__half, Block::kThreads, kGranules, Block::kPanelBytes>::kBytes;
   static constexpr int kTokenAt = kItemAt + static_cast<int>(sizeof(WideItem));
   static constexpr int kVAt = kTokenAt + kWideTileRows * static_cast<int>(sizeof(int64_t));
 };
@@ -41,13 +41,12 @@ constexpr int kLeastV = 16 * StreamV::pitch(kMaxRank);  // elements
 template <typename T, typename Block>
 __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
     expand_wide(const __grid_constant__ ExpandTask params) {
-  using Stream = ExpandStream<T, Block::kThreads, kStages, Block::kPanelBytes>;
+  using Stream = ExpandStream<T, Block::kThreads, kGranules, Block::kPanelBytes>;
   using Smem = ExpandSmem<Block>;
   const LinearTask& task = params.linear;
   unsigned char* smem = ptx::dynamic_smem();
   WideItem& item = *reinterpret_cast<WideItem*>(smem + Smem::kItemAt);
-  const bool is_lookup = params.tokens.ids != nullptr;
-  int64_t* token = is_lookup ? reinterpret_cast<int64_t*>(smem + Smem::kTokenAt) : nullptr;
+  const auto is_lookup = [&] { return params.tokens.ids != nullptr; };
   T* smem_v = reinterpret_cast<T*>(smem + Smem::kVAt);
 
   ptx::launch_next_grid();
@@ -60,19 +59,18 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
   int tiles = tiles_of_plan();
   const auto units_begin = [&](int block) { return int64_t{tiles} * task.units * block / gridDim.x; };
   int64_t unit = units_begin(blockIdx.x);
-  bool guess = !task.follows_own;
   bool waited = false;
+  const auto is_guess = [&] { return !waited && !task.follows_own; };  // what was read
   int known_tile = -1;
 #pragma unroll 1
-  while (guess || unit < units_begin(blockIdx.x + 1)) {
+  while (is_guess() || unit < units_begin(blockIdx.x + 1)) {
     // a stretch of units of one tile and slice
     const int tile_index = static_cast<int>(unit / task.units);
     __syncthreads();  // all are done with the stretch before
     if (tile_index != known_tile) {
       known_tile = tile_index;
       WideJob::read(task, item, tile_index);
-      if (guess) {
-        guess = false;
+      if (is_guess()) {
         waited = true;
         ptx::wait_for_previous_grid();
         if (__syncthreads_or(WideJob::differs(task, item) ||
@@ -104,7 +102,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kPerSm)
         waited = true;
         ptx::wait_for_previous_grid();  // v is there
       }
-      if (is_lookup) {
+      int64_t* token = is_lookup() ? reinterpret_cast<int64_t*>(smem + Smem::kTokenAt) : nullptr;
+      if (is_lookup()) {
         if (threadIdx.x < kWideTileRows) token[threadIdx.x] = token_of(params.tokens, item.row[threadIdx.x]);
         __syncthreads();
       }
@@ -162,7 +161,7 @@ cudaError_t expand_wide_path(const LoraParams& p, int planes, cudaStream_t strea
   ExpandTask params{wide_task(p), {}, {}, 0};
   if (planes > 0) {
     params.linear.follows_own = true;
-    set_planes(params.linear, p, planes);
+    set_planes(params.linear, p, planes, p.rows);
   }
   return expand(params, p, even_rank(p), stream);
 }

@@ -110,7 +110,7 @@ cudaError_t scratch_of(const LoraParams& params, Path path, int64_t& bytes) {
   }
   MmaSplit split{};
   const cudaError_t error = mma_split(params, split);
-  bytes = split.narrow ? narrow_plane_bytes(params, split.parts) : plane_bytes(params, split.parts);
+  bytes = split.narrow ? narrow_plane_bytes(params, split.parts) : plane_bytes(params, split.parts, params.rows);
   return error;
 }
 
@@ -229,7 +229,7 @@ cudaError_t shrink_scratch(const LoraParams& params, int64_t& bytes) {
   if (path == Path::kWide) return wide_scratch(params, bytes);
   int parts = 0;
   error = mma_parts(params, parts);
-  if (parts > 1) bytes = plane_bytes(params, parts);
+  if (parts > 1) bytes = plane_bytes(params, parts, params.rows);
   return error;
 }
 

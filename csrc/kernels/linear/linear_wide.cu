@@ -7,9 +7,10 @@
 //
 // x is read once, y once. K is shared so that few rows, too, occupy the device, and A comes from L2 once for every
 // tile. Sums of few ranks go through planes in L2, one for each part; those of many through the blocks' shared memory
-// (exchange.cuh), and v of more ranks than a pass over x takes, or than there is room for, through one plane. One
-// launch instead of two: no block waits for the last one of a grid, and y streams while v is exchanged. Also shrink on
-// its own, where the owners of sums write v.
+// (exchange.cuh). Of more ranks than registers hold, there are further passes over x, which are shared as one walk over
+// K: most blocks have a part of one pass alone, longer than of all would be, and fewer sums (PassShares). These go
+// through planes again, as do those of more ranks than shared memory has room for. One launch instead of two: no block
+// waits for the last one of a grid, and y streams while v is exchanged. Also shrink on its own, through planes.
 //
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
 // Where that was decode's kernel for the short runs of the same call, nothing that is read here may change: both run
@@ -28,17 +29,16 @@ namespace {
 
 constexpr int kThreads = 512;  // four warpgroups: two share the rows of a pass over x, two its ranks
 constexpr int kSmem = 227 * 1024;
-constexpr int kPitch = StreamV::pitch(kMaxRank);
 constexpr int kExchangeAt = kSmem - kExchangeBytes;
-constexpr int kItemAt = kExchangeAt - static_cast<int>(sizeof(WideItem));
+constexpr int kCountsAt = kExchangeAt - (static_cast<int>(sizeof(PlaneCounts)) + 15) / 16 * 16;
+constexpr int kItemAt = kCountsAt - static_cast<int>(sizeof(WideItem));
 constexpr int v_at(int pitch) { return kItemAt - kWideTileRows * pitch * 2; }
-static_assert(32 * kMaxBlocks == kMaxRank);  // the widest v is alike, whether a slice's or all slices'
 
 constexpr int kPanelBytes = 32 * 1024;  // of B
 
 // Up to so many rank tiles of a pass over x, sums take one way through L2, where every block adds what it expands;
-// beyond, two through the cluster's shared memory, where each sum is added once. H200, qkv of 1024 rows, us: r16 19.2
-// and 20.6, r64 32.5 and 29.1.
+// beyond, of one pass, two through the cluster's shared memory, where each sum is added once. H200, qkv of 1024 rows,
+// us: r16 19.2 and 20.6, r64 32.5 and 29.1.
 constexpr bool adds_through_l2(int tiles_of_pass) { return tiles_of_pass <= 4; }
 
 // What a block of a cluster takes of the outputs: neighbouring units, slice after slice.
@@ -94,14 +94,16 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   constexpr int kAllTiles = 2 * kTiles;
   constexpr bool kThroughL2 = adds_through_l2(kAllTiles);
   using Copies = WideCopies<T, kThreads, kAllTiles>;
-  // Shared memory: y, B, v, item, barriers, and where B and v come later, x and A. Many ranks take the place of y, too;
-  // else the first of y comes after the last of x. Sums to add come right before v, and y and B no sooner than they are
-  // out of the way.
+  // Shared memory: y, B, v, item, barriers, and where all but the first of y come later, x and A. Many ranks take the
+  // place of that, too; else it comes after the last of x. Sums to add come right before v, and y and B no sooner than
+  // they are out of the way.
   constexpr bool kEarlyY = kTiles <= 4;
-  // no slice has more ranks than v has columns, and no more than these where a pass is an even share of them
-  constexpr int kMostRanks = kAllTiles * kRankTile < kMaxRank ? kAllTiles * kRankTile : kMaxRank;
-  using Stream = ExpandStream<T, kThreads, kEarlyY ? 5 : 4, kPanelBytes, kMostRanks, !kThroughL2>;
-  constexpr int kRingAt = kEarlyY ? Stream::kPanelsAt : 0;
+  // no slice has more ranks than v has columns, and up to 128 these are one pass
+  constexpr int kMostRanks = kAllTiles * kRankTile <= 128 ? kAllTiles * kRankTile : kMaxRank;
+  using Stream = ExpandStream<T, kThreads, kThroughL2 ? 3 : 2, kPanelBytes, kMostRanks, !kThroughL2>;
+  constexpr int kRingAt = kEarlyY ? Stream::kEarlyBytes : 0;
+  // the widest v, of a slice or of all
+  constexpr int kPitch = StreamV::pitch(kThroughL2 ? kMostRanks : 32 * kMaxBlocks);
   constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
   constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
   static_assert(Stream::kBytes <= v_at(kPitch) && kRingAt % 1024 == 0);
@@ -109,33 +111,42 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   unsigned char* ring = smem + kRingAt;  // of x and A
   WideItem& item = *reinterpret_cast<WideItem*>(smem + kItemAt);
   ExchangeBarriers& exchange = *reinterpret_cast<ExchangeBarriers*>(smem + kExchangeAt);
+  PlaneCounts* counts = kThroughL2 ? nullptr : reinterpret_cast<PlaneCounts*>(smem + kCountsAt);
   const auto parts = [] { return static_cast<int>(ptx::cluster_size()); };
-  // of v: all slices' side by side, right from the blocks that add it; or a slice's at a time, from a plane
+  // of v: all slices' side by side, right from the blocks that add it; or a slice's at a time, from planes
   const auto is_direct = [&] {
     return !kThroughL2 && task.y != nullptr && item.rank_tiles <= kAllTiles && item.blocks <= kMaxBlocks;
   };
   const auto v_pitch = [&] { return is_direct() ? StreamV::pitch(32 * item.blocks) : kPitch; };
   const auto smem_v = [&] { return reinterpret_cast<T*>(smem + v_at(v_pitch())); };
   const auto shared_v = [&] { return SharedV<T>(task, item, smem_v(), v_pitch(), parts()); };
-  const auto units_of = [&](int base) {
-    const int tiles = min(kAllTiles, item.rank_tiles - base);
-    return SumUnits(item, base, tiles, is_direct(), parts());
+  const auto inbox_at = [&] { return v_at(v_pitch()) - SumUnits(item, parts()).inbox_bytes(); };
+  // whether the first of y, and of B, may come while sums are on their way
+  const auto y_early = [&] { return !is_direct() || inbox_at() >= Stream::kEarlyBytes; };
+  const auto b_early = [&] { return !is_direct() || inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
+  // but of few ranks, where every block has a part of each pass
+  const auto shares = [&] {
+    return PassShares{max((item.rank_tiles + kAllTiles - 1) / kAllTiles, 1), chunks_of(task, 0, 1).end, parts()};
   };
-  const auto inbox_at = [&](const SumUnits& units) {
-    return (is_direct() ? v_at(v_pitch()) : kItemAt) - units.inbox_bytes();
+  const auto has_part = [&](int base) {
+    if (base >= item.rank_tiles) return false;
+    return kThroughL2 || shares().first_part(base / kAllTiles) <= static_cast<int>(ptx::cluster_rank());
   };
-  // whether the first of y, and of B, may come while the sums of the last pass are on their way
-  const auto last_inbox_at = [&] { return inbox_at(units_of((item.rank_tiles - 1) / kAllTiles * kAllTiles)); };
-  const auto y_early = [&] { return kThroughL2 || last_inbox_at() >= Stream::kPanelsAt; };
-  const auto b_early = [&] { return kThroughL2 || last_inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
   const auto begin_expand = [&](Stretch& stretch, Stream& stream) {
     const bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
     if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
     return more;
   };
-  const auto start_early = [&](Stream& stream, int first_piece) {
-    stream.start_pieces(first_piece);
+  const auto start_early = [&](Stream& stream, int first_granule) {
+    stream.start_all_y(first_granule);
+    ptx::commit_copies();
     if (b_early()) stream.start_last_panel();
+  };
+  // where only now there are registers for it, and none to keep it in
+  const auto start_late_stream = [&] {
+    Stretch stretch;
+    Stream stream(task, item, smem);
+    if (begin_expand(stretch, stream)) start_early(stream, 0);
   };
 
   if (!task.holds_next || task.follows_own) ptx::launch_next_grid();
@@ -147,21 +158,24 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
     // ---- shrink
     Stretch stretch;
     bool more = false;
+    int started = Stream::kAhead;  // granules of y
     Stream stream(task, item, smem);
     stream.set_none();
+    const auto first_base = [&] { return kThroughL2 ? 0 : shares().first_pass(ptx::cluster_rank()) * kAllTiles; };
 #pragma unroll 1
-    for (int base = 0; base < item.rank_tiles || guess; base += kAllTiles) {
+    for (int base = first_base(); has_part(base) || guess; base += kAllTiles) {
       const int group = ptx::thread_again() / 128;
       const int first_tile = group / 2 * kTiles;  // of a pass
       const Copies copies(task, item, base);
-      const Part chunks = chunks_of(task, ptx::cluster_rank(), parts());
+      const Part chunks = kThroughL2 ? chunks_of(task, ptx::cluster_rank(), parts())
+                                     : shares().chunks_of(base / kAllTiles, ptx::cluster_rank());
       if (guess) {
         ptx::wait_for_previous_grid();
         if (task.holds_next) ptx::launch_next_grid();
       }
       // read before all of x is asked for: else it would come last
       const bool differs = guess && WideJob::differs(task, item);
-      const bool real = item.index < item.tiles && item.rank_tiles > 0;
+      const bool real = item.index < item.tiles && has_part(base);
 #pragma unroll 1
       for (int i = 0; i < kStages - 1; ++i) {
         if (real && chunks.begin + i < chunks.end) copies.start(ring + i * Copies::kStageBytes, chunks.begin + i);
@@ -173,13 +187,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
           ptx::wait_copies<0>();
           __syncthreads();
           WideJob::read(task, item, blockIdx.x / parts());
-          base = -kAllTiles;
+          base = first_base() - kAllTiles;
           continue;
         }
       }
-      if (item.index >= item.tiles || item.rank_tiles == 0) break;
-      int started = Stream::kAhead;  // pieces of y
-      if (kEarlyY && base + kAllTiles >= item.rank_tiles) {
+      if (!real) break;
+      const bool is_last = !has_part(base + kAllTiles);
+      if (kEarlyY && is_last) {
         more = begin_expand(stretch, stream);
         if (more && y_early()) started = 0;
       }
@@ -197,32 +211,33 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         const unsigned char* at = ring + stage * Copies::kStageBytes;
         const uint64_t x = ptx::swizzled_rows(at + group % 2 * 64 * kChunkK * 2);
         const uint64_t a = ptx::swizzled_rows(at + Copies::kABytes + first_tile * kRankTile * kChunkK * 2);
-        constexpr int kTile = kRankTile * kChunkK * 2 >> 4;
 #pragma unroll
         for (int step = 0; step < kChunkK / 16; ++step) {
-          int i = 0;
-#pragma unroll
-          for (; i + 4 <= kTiles; i += 4) ptx::wgmma_m64n64k16(acc + i, x + 2 * step, a + i * kTile + 2 * step, T{});
-#pragma unroll
-          for (; i + 2 <= kTiles; i += 2) ptx::wgmma_m64n32k16(acc + i, x + 2 * step, a + i * kTile + 2 * step, T{});
-          if (i < kTiles) ptx::wgmma_m64n16k16(acc + i, x + 2 * step, a + i * kTile + 2 * step, T{});
+          // all ranks at once: each product reads x from shared memory, which is what bounds them
+          if constexpr (kTiles == 8) ptx::wgmma_m64n128k16(acc, x + 2 * step, a + 2 * step, T{});
+          if constexpr (kTiles == 6) ptx::wgmma_m64n96k16(acc, x + 2 * step, a + 2 * step, T{});
+          if constexpr (kTiles == 4) ptx::wgmma_m64n64k16(acc, x + 2 * step, a + 2 * step, T{});
+          if constexpr (kTiles == 2) ptx::wgmma_m64n32k16(acc, x + 2 * step, a + 2 * step, T{});
+          if constexpr (kTiles == 1) ptx::wgmma_m64n16k16(acc, x + 2 * step, a + 2 * step, T{});
         }
         ptx::wgmma_commit();
         const int next = chunk + kStages - 1;
         if (next < chunks.end) {
           copies.start(ring + (stage == 0 ? kStages - 1 : stage - 1) * Copies::kStageBytes, next);
         } else if (kEarlyY && started < Stream::kAhead) {
-          stream.start_piece(started++);
+          stream.start_y(started++);
         }
         ptx::commit_copies();
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       ptx::wgmma_wait<0>();
 
-      if (kThroughL2) {
-        const int lane = threadIdx.x % 32;
-        const int first_row = threadIdx.x % 256 / 32 * 16 + lane / 4;
-        const SumStore store(task, item, ptx::cluster_rank(), first_row, lane % 4 * 2);
+      if (!is_direct()) {
+        const int lane = ptx::thread_again() % 32;
+        const int first_row = ptx::thread_again() % 256 / 32 * 16 + lane / 4;
+        const int part = ptx::cluster_rank();
+        const int plane = kThroughL2 ? part : part - shares().first_part(base / kAllTiles);
+        const SumStore store(task, item, plane, first_row, lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           const int tile = base + first_tile + i;
@@ -231,18 +246,15 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
           for (int j = 0; j < 4; ++j) store.put(tile, j % 2, j / 2, {acc[i][2 * j], acc[i][2 * j + 1]});
         }
         __syncthreads();  // all are done with the ring
-        if (base + kAllTiles < item.rank_tiles) continue;
-        ptx::cluster_arrive();
-        if (more) start_early(stream, started);
-        break;
+        continue;
       }
 
       // the sums to their owners; none is sent before all blocks are done with their rings
-      const SumUnits units = units_of(base);
+      const SumUnits units(item, parts());
       const int part = ptx::cluster_rank();
       if (threadIdx.x == 0) {
         exchange.sums.expect(units.bytes(part));
-        if (is_direct()) exchange.v.expect(shared_v().bytes(part, units.row_groups()));
+        exchange.v.expect(shared_v().bytes(part, units.row_groups()));
       }
       ptx::cluster_arrive_relaxed();
       if (kEarlyY) {
@@ -250,58 +262,49 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         if (more && y_early()) start_early(stream, started);
       }
       ptx::cluster_wait();
-      const unsigned char* inbox = smem + inbox_at(units);
+      const unsigned char* inbox = smem + inbox_at();
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        if (base + first_tile + i >= item.rank_tiles) break;
+        if (first_tile + i >= item.rank_tiles) break;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int row_group = threadIdx.x % 256 / 32 * 2 + j;
+          const int row_group = ptx::thread_again() % 256 / 32 * 2 + j;
           if (row_group >= units.row_groups()) break;
           units.send(inbox, &exchange.sums.barrier, part, row_group, first_tile + i,
                      {acc[i][2 * j], acc[i][2 * j + 1], acc[i][4 + 2 * j], acc[i][5 + 2 * j]});
         }
       }
-      if (!kEarlyY && base + kAllTiles >= item.rank_tiles && y_early()) {
-        // only now there are registers for it, and none to keep it in
-        Stretch first_stretch;
-        Stream first_stream(task, item, smem);
-        if (begin_expand(first_stretch, first_stream)) start_early(first_stream, 0);
-      }
+      if (!kEarlyY && y_early()) start_late_stream();
 
       // what this block owns of them
       exchange.sums.wait();
       const SharedV<T> v = shared_v();
       const int first = units.first(part), end = units.first(part + 1);
 #pragma unroll 1
-      for (int index = first + static_cast<int>(threadIdx.x) / 32; index < end; index += kThreads / 32) {
+      for (int index = first + ptx::thread_again() / 32; index < end; index += kThreads / 32) {
         const SumUnits::Unit unit = units.unit(index);
         float4 sums[2] = {units.add_parts(inbox, index - first, 0), {0.f, 0.f, 0.f, 0.f}};
         if (unit.is_two) sums[1] = units.add_parts(inbox, index - first, 1);
-        if (is_direct()) {
-          v.send(&exchange.v.barrier, unit, sums[0], sums[1]);
-        } else {
-          const SumStore store(task, item, 0, unit.row, threadIdx.x % 4 * 2);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (i == 1 && !unit.is_two) break;
-            store.put(unit.tile + i, 0, 0, {sums[i].x, sums[i].y});
-            store.put(unit.tile + i, 0, 1, {sums[i].z, sums[i].w});
-          }
-        }
+        v.send(&exchange.v.barrier, unit, sums[0], sums[1]);
       }
       __syncthreads();  // the inbox is free
     }
     if (item.index >= item.tiles) break;
+    if (item.rank_tiles > 0 && !is_direct()) {
+      if constexpr (!kThroughL2) counts->set(item, shares(), kAllTiles);
+      ptx::cluster_arrive();
+      if (more) start_early(stream, started);
+      if (!kEarlyY) start_late_stream();
+    }
 
     // ---- expand
-    if (kThroughL2 && item.rank_tiles > 0 && task.y == nullptr) {
+    if (item.rank_tiles > 0 && task.y == nullptr) {
       ptx::cluster_wait();
-      const int part = ptx::cluster_rank();
-      if (task.planes > 0) add_planes_to_v(task, item, item.rows * part / parts(), item.rows * (part + 1) / parts());
+      const int begin = item.rows * ptx::cluster_rank() / parts();
+      const int end = item.rows * (ptx::cluster_rank() + 1) / parts();
+      if (task.planes > 0) add_planes_to_v(task, item, begin, end, counts);
     }
     if (item.rank_tiles > 0 && task.y != nullptr) {
-      if (!kThroughL2 && !is_direct()) ptx::cluster_arrive();
       if (!kEarlyY) more = stretch.next(task, item, ptx::cluster_rank(), parts());
       const int pitch = v_pitch();
       T* v = smem_v();
@@ -322,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
           stream.start_last_panel();
         }
         wait_for_v();
-        if (!is_direct()) load_v(v, pitch, task, item, stretch.slice, {0, kWideTileRows});
+        if (!is_direct()) load_v(v, pitch, task, item, stretch.slice, {0, kWideTileRows}, {}, counts);
         stream.run(is_direct() ? v + 32 * item.first_block[stretch.slice] : v, pitch, nullptr, is_early);
         more = stretch.next(task, item, ptx::cluster_rank(), parts());
         __syncthreads();  // all are done with the ring and v
@@ -352,7 +355,8 @@ cudaError_t launch_wide(int rank_tiles, const Device& device, const LaunchShape&
   if (rank_tiles <= 2) return launch_wide<T, 1>(device, shape, task, stream);
   if (rank_tiles <= 4) return launch_wide<T, 2>(device, shape, task, stream);
   if (rank_tiles <= 8) return launch_wide<T, 4>(device, shape, task, stream);
-  if (rank_tiles <= 12) return launch_wide<T, 6>(device, shape, task, stream);
+  const int passes = static_cast<int>(divide_up(rank_tiles, 16));
+  if (rank_tiles <= 12 * passes) return launch_wide<T, 6>(device, shape, task, stream);
   return launch_wide<T, 8>(device, shape, task, stream);
 }
 
@@ -363,6 +367,14 @@ struct WideLaunches {
   WideClusters all{};
   WideClusters few{};        // of a launch beside that one; blocks 0: none
   int first = 0, count = 0;  // tiles of that launch
+
+  // Planes of v in scratch: one for each part, a row for each of the batch; and of that launch, 128 for each tile.
+  static int planes(const LoraParams& p, const WideClusters& clusters) {
+    return p.y == nullptr && clusters.blocks == 1 ? 0 : clusters.blocks;
+  }
+  int64_t bytes(const LoraParams& p) const { return plane_bytes(p, planes(p, all), p.rows); }
+  int64_t few_rows() const { return int64_t{count} * kWideTileRows; }
+  int64_t few_bytes(const LoraParams& p) const { return plane_bytes(p, planes(p, few), few_rows()); }
 };
 
 // More tiles than clusters of two: those left over have larger clusters, as the others would take a second turn as
@@ -373,7 +385,7 @@ cudaError_t launches_of(const LoraParams& p, const Device& device, WideLaunches&
   };
   if (batch_invariant()) return best(1, 4, 4, launches.all);
   // alone where a block's sums are v; else two that share the outputs, and st.async is illegal without a cluster
-  const int least = p.y == nullptr && adds_through_l2(expected_rank_tiles(p)) ? 1 : 2;
+  const int least = p.y == nullptr ? 1 : 2;
   const int64_t half_of_k = divide_up(p.k, kChunkK) / 2;
   const int most = half_of_k < least ? least : static_cast<int>(min64(half_of_k, kMaxParts));
   const int64_t tiles = expected_wide_tiles(p, PartialTiles::kNearlyAlways);
@@ -390,12 +402,6 @@ cudaError_t launches_of(const LoraParams& p, const Device& device, WideLaunches&
   return error;
 }
 
-// Planes of v in scratch: one for each part, or one for the sums of more ranks than shared memory has room for.
-int planes_of(const LoraParams& p, int parts) {
-  if (!adds_through_l2(expected_rank_tiles(p))) return p.y != nullptr;
-  return p.y == nullptr && parts == 1 ? 0 : parts;
-}
-
 }  // namespace
 
 cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
@@ -403,7 +409,7 @@ cudaError_t wide_scratch(const LoraParams& p, int64_t& bytes) {
   WideLaunches launches;
   cudaError_t error = current_device(device);
   if (error == cudaSuccess) error = launches_of(p, device, launches);
-  bytes = plane_bytes(p, std::max(planes_of(p, launches.all.blocks), planes_of(p, launches.few.blocks)));
+  bytes = launches.bytes(p) + launches.few_bytes(p);
   return error;
 }
 
@@ -414,9 +420,9 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   WideLaunches launches;
   cudaError_t error = current_device(device);
   if (error == cudaSuccess) error = launches_of(p, device, launches);
-  const auto launch = [&](LinearTask of_launch, const WideClusters& clusters) {
-    const int planes = planes_of(p, clusters.blocks);
-    if (planes > 0) set_planes(of_launch, p, planes);
+  const auto launch = [&](LinearTask of_launch, const WideClusters& clusters, int64_t plane_rows, int64_t skipped) {
+    const int planes = launches.planes(p, clusters);
+    if (planes > 0) set_planes(of_launch, p, planes, plane_rows, skipped);
     if (p.y != nullptr && clusters.blocks >= task.slices) share_by_slices(of_launch, clusters.blocks);
     const LaunchShape shape = cluster_shape(of_launch, clusters, kThreads, kSmem);
     return dispatch_16_bit(p.dtype, [&](auto element) {
@@ -426,17 +432,18 @@ cudaError_t linear_wide_path(const LoraParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   LinearTask all = task;
   all.follows_own = p.plan.runs == Runs::kLong;
-  if (launches.few.blocks == 0) return launch(all, launches.all);
+  if (launches.few.blocks == 0) return launch(all, launches.all, p.rows, 0);
   all.holds_next = true;
   all.skip_at = launches.first;
   all.skipped_tiles = launches.count;
-  error = launch(all, launches.all);
+  error = launch(all, launches.all, p.rows, 0);
   LinearTask few = task;
   few.follows_own = true;
   few.tile += launches.first;
   few.tiles_before = launches.first;
   few.max_tiles = std::min(task.max_tiles - launches.first, launches.count);
-  return error == cudaSuccess ? launch(few, launches.few) : error;
+  few.planes_by_tile = true;
+  return error == cudaSuccess ? launch(few, launches.few, launches.few_rows(), launches.bytes(p)) : error;
 }
 
 }  // namespace polylora::cuda

@@ -172,7 +172,7 @@ cudaError_t shrink_mma_path(const LoraParams& p, int planes, cudaStream_t stream
   if (error != cudaSuccess) return error;
   LinearTask& task = how.task;
   task = wide_task(p);
-  if (planes > 0) set_planes(task, p, planes);
+  if (planes > 0) set_planes(task, p, planes, p.rows);
   how.shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (planes > 0 ? planes : 1)));
   how.shape.threads = kThreads;
   how.shape.overlap = true;

@@ -35,8 +35,8 @@ struct LinearTask {
   void* y;
   float* v;  // [rows, v_width], row pitch v_stride
   // v between the halves: sums over parts of K, [planes][plane_rows][plane_width]; a row for each position of the
-  // plan's order, 16 columns for each rank tile of a wide item, or rank_cap for each slice. Decode of short runs alone:
-  // a row for each of a job
+  // plan's order, or 128 for each wide tile of the launch; 16 columns for each rank tile of a wide item, or rank_cap
+  // for each slice. Decode of short runs alone: a row for each of a job
   float* plane;
   int64_t plane_elements;
   int32_t plane_rows;  // decode
@@ -61,7 +61,8 @@ struct LinearTask {
   uint16_t first_part[kMaxSlices + 1];
   bool sets_y;       // decode: y is the deltas alone; it is written, -0 where a slice is absent
   bool follows_own;  // the kernel before is our own of the same call: of what this one reads, only v may still change
-  bool holds_next;   // the next kernel is such a one: it starts when all that came before this one is done
+  bool planes_by_tile;  // linear_wide: their rows
+  bool holds_next;      // the next kernel is such a one: it starts when all that came before this one is done
   LinearSlice slice[kMaxSlices];
   const float* row_weight;  // pairs of MoE: multiplies a row's delta; or null
   int32_t x_div;            // pairs of MoE: row p reads x row p / x_div; or 0: row p

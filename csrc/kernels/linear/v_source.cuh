@@ -97,17 +97,17 @@ __device__ __forceinline__ float4 load_v4(const LinearTask& task, int64_t row, i
   return v;
 }
 
-/// Four ranks from `from` on, in the first plane, and of the others: the parts of K in their order, eight on their way
-/// at once.
-__device__ __forceinline__ float4 add_planes(const LinearTask& task, const float* from) {
+/// Four ranks from `from` on, in the first of `planes` planes, and of the others: the parts of K in their order, eight
+/// on their way at once.
+__device__ __forceinline__ float4 add_planes(const LinearTask& task, const float* from, int planes) {
   float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
-  for (int i = 0; i < task.planes; i += 8) {
+  for (int i = 0; i < planes; i += 8) {
     float4 next[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       next[j] = {0.f, 0.f, 0.f, 0.f};
-      if (i + j < task.planes) next[j] = *reinterpret_cast<const float4*>(from + (i + j) * task.plane_elements);
+      if (i + j < planes) next[j] = *reinterpret_cast<const float4*>(from + (i + j) * task.plane_elements);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) add(sum, next[j]);

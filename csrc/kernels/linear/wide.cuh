@@ -21,7 +21,8 @@ struct WideItem {
   int32_t index;               // of the tile
   // derived
   int32_t tiles;                        // of the plan
-  int32_t rows, pos;                    // of the tile
+  int32_t rows;                         // of the tile
+  int32_t plane_row;                    // the tile's first
   int32_t rank[kMaxSlices];             // 0: absent
   int32_t first_rank_tile[kMaxSlices];  // slices that share A and v_col share its rank tiles
   int32_t rank_tiles;
@@ -160,7 +161,7 @@ class WideJob {
     if (lane == 0) {
       item.tiles = tiles_of(task, item);
       item.rows = rows_of(task, item);
-      item.pos = pos_of(task, item);
+      item.plane_row = task.planes_by_tile ? item.index * kWideTileRows : pos_of(task, item);
       item.rank_tiles = room ? all : 0;
       item.blocks = blocks;
       if (blocks <= kMaxBlocks) item.block_tile[blocks] = all;
@@ -248,7 +249,7 @@ class SumStore {
   /// Of rows `row` and `row` + 8 of the item; `r` counts from a rank tile's first.
   __device__ __forceinline__ SumStore(const LinearTask& task, const WideItem& item, int part, int row, int r)
       : task_(task), item_(item), row_(row), r_(r) {
-    plane_ = task.plane + part * task.plane_elements + int64_t{item.pos + row} * task.plane_width + r;
+    plane_ = task.plane + part * task.plane_elements + int64_t{item.plane_row + row} * task.plane_width + r;
   }
 
   /// Sums of ranks r, r + 1 of the first or second half of a rank tile, of the first or second row.
@@ -275,8 +276,48 @@ class SumStore {
   float* plane_;
 };
 
-/// v of rows [begin, end) of the item from its planes.
-__device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const WideItem& item, int begin, int end) {
+/// Passes over x of an item, one after the other, as one walk that the blocks of a cluster share evenly. So a block has
+/// a part of K of one pass, or of neighbouring ones; a pass has neighbouring blocks, of which each writes a plane.
+struct PassShares {
+  int passes;  // one at least
+  int chunks;  // of K, a pass
+  int parts;
+
+  /// The first of the blocks that have a part of pass `pass`, and past the last of them. Of few chunks, the part may be
+  /// empty.
+  __device__ __forceinline__ int first_part(int pass) const { return pass * parts / passes; }
+  __device__ __forceinline__ int end_part(int pass) const { return ((pass + 1) * parts + passes - 1) / passes; }
+  __device__ __forceinline__ int planes(int pass) const { return end_part(pass) - first_part(pass); }
+  __device__ __forceinline__ int most_planes() const {
+    return parts % passes == 0 ? parts / passes : min(parts / passes + 2, parts);
+  }
+
+  /// The first pass that block `part` has a part of.
+  __device__ __forceinline__ int first_pass(int part) const { return passes * part / parts; }
+
+  __device__ __forceinline__ Part chunks_of(int pass, int part) const {
+    const int all = passes * chunks;
+    return {min(max(all * part / parts - pass * chunks, 0), chunks),
+            min(max(all * (part + 1) / parts - pass * chunks, 0), chunks)};
+  }
+};
+
+/// Planes of the item's rank tiles, where they are not the same for all: the same for the ranks of a pass.
+struct PlaneCounts {
+  uint8_t of_tile[kMaxRankTiles];
+  int32_t most;
+
+  /// All threads; who reads it syncs before.
+  __device__ __forceinline__ void set(const WideItem& item, const PassShares& shares, int tiles_of_pass) {
+    const int tile = ptx::thread_again();
+    if (tile < item.rank_tiles) of_tile[tile] = static_cast<uint8_t>(shares.planes(tile / tiles_of_pass));
+    if (tile == 0) most = shares.most_planes();
+  }
+};
+
+/// v of rows [begin, end) of the item from its planes. `counts`: of these; null: task.planes.
+__device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const WideItem& item, int begin, int end,
+                                                const PlaneCounts* counts = nullptr) {
   const int quads = item.rank_tiles * (kRankTile / 4);  // a row
 #pragma unroll 1
   for (int e = threadIdx.x; e < (end - begin) * quads; e += blockDim.x) {
@@ -285,7 +326,8 @@ __device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const Wi
     const RankTile tile = item.rank_tile[column / kRankTile];
     const int rank = item.rank[tile.slice];
     const int r = tile.first_rank + column % kRankTile;
-    const float4 sum = add_planes(task, task.plane + int64_t{item.pos + row} * task.plane_width + column);
+    const float* from = task.plane + int64_t{item.plane_row + row} * task.plane_width + column;
+    const float4 sum = add_planes(task, from, counts != nullptr ? counts->of_tile[column / kRankTile] : task.planes);
     float* to = task.v + int64_t{item.row[row]} * task.v_stride + item.entry[tile.slice].v_col + r;
     if (r < rank) to[0] = sum.x;
     if (r + 1 < rank) to[1] = sum.y;
@@ -371,15 +413,15 @@ inline int expected_rank_tiles(const LoraParams& p) {
   return p.slices.count * static_cast<int>(divide_up(ranks, int64_t{kRankTile} * p.slices.count));
 }
 
-/// Planes of v in the call's scratch.
-inline void set_planes(LinearTask& task, const LoraParams& p, int parts) {
-  task.planes = parts;
-  task.plane = static_cast<float*>(p.scratch);
+/// Planes of v, of `rows` rows, in the call's scratch, `skipped` bytes from its begin.
+inline void set_planes(LinearTask& task, const LoraParams& p, int planes, int64_t rows, int64_t skipped = 0) {
+  task.planes = planes;
+  task.plane = reinterpret_cast<float*>(static_cast<char*>(p.scratch) + skipped);
   task.plane_width = static_cast<int32_t>(plane_width(p.v_width, p.slices.count));
-  task.plane_elements = p.rows * task.plane_width;
+  task.plane_elements = rows * task.plane_width;
 }
-inline int64_t plane_bytes(const LoraParams& p, int parts) {
-  return parts * p.rows * plane_width(p.v_width, p.slices.count) * int64_t{sizeof(float)};
+inline int64_t plane_bytes(const LoraParams& p, int planes, int64_t rows) {
+  return planes * rows * plane_width(p.v_width, p.slices.count) * int64_t{sizeof(float)};
 }
 
 }  // namespace polylora::cuda

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? kWideBlocksPerSm : kBlocksPe
         waited = true;
 #pragma unroll 1
         for (int r = v_lane * 4; r < end_of_v; r += kLanesOfV * 4) {
-          const float4 sum = add_planes(task, task.plane + (from + r));
+          const float4 sum = add_planes(task, task.plane + (from + r), task.planes);
           *reinterpret_cast<uint2*>(smem_v + to + r) = {pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
         }
         __syncthreads();

@@ -237,6 +237,14 @@ template <typename T>
 inline void wgmma_m64n64k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
   wgmma<T, 4>(d, x, weights);
 }
+template <typename T>
+inline void wgmma_m64n96k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
+  wgmma<T, 6>(d, x, weights);
+}
+template <typename T>
+inline void wgmma_m64n128k16(float (*d)[8], uint64_t x, uint64_t weights, T) {
+  wgmma<T, 8>(d, x, weights);
+}
 template <int kPieces>
 inline void use_after_wait(float (&)[kPieces][4][4]) {}
 // x from registers: those of the quad that has this lane's rows.
