@@ -845,22 +845,36 @@ void passes() {
              {128, 128, 128}, {256, 256}, {100, 140, 143}, {256, 250, 256, 240}, {200, 0, 256, 16, 256}}) {
       std::vector<int64_t> widths(ranks.size(), 40);
       widths[0] = 200;
-      for (int64_t k : {64, 704}) {
-        for (int sms : {132, 10, 7}) {  // clusters of up to 5, of 3, 2
-          cuda::emulated_device.sms = sms;
-          const std::string what = name + ", passes over x of " + std::to_string(ranks.size()) + " slices, k " +
-                                   std::to_string(k) + ", " + std::to_string(sms) + " SMs, rank " +
-                                   std::to_string(ranks[0]);
-          if (k == 64 && sms != 10) continue;
-          Shape shape{DType::kBFloat16, 21, k, widths, 1, ranks, "one"};
-          shape.stale_is_noise = sms == 10;
-          run(what, path, shape);
-          shape = {DType::kFloat16, 150, k, widths, 2, ranks, "segments"};
-          if (sms == 10 && ranks.size() == 3) run(what + ", more tiles", path, shape);
-        }
+      const std::string what =
+          name + ", passes over x of " + std::to_string(ranks.size()) + " slices, rank " + std::to_string(ranks[0]);
+      for (int blocks : {2, 3, 5}) {  // of the cluster
+        cuda::emulated_device.sms = blocks;
+        Shape shape{DType::kBFloat16, 21, 704, widths, 1, ranks, "one"};
+        shape.stale_is_noise = blocks == 3;
+        cuda::launches.clear();
+        run(what + ", blocks " + std::to_string(blocks), path, shape);
+        const auto is_so = [blocks](const auto& launch) { return launch.cluster == blocks; };
+        CHECK(std::any_of(cuda::launches.begin(), cuda::launches.end(), is_so), "%s: no clusters of %d", what.c_str(),
+              blocks);
       }
-      cuda::emulated_device.sms = 132;
+      run(what + ", fewer chunks than blocks", path, {DType::kFloat16, 21, 64, widths, 1, ranks, "one"});
     }
+    // tiles of one to four passes in turn, and in a launch of those left over
+    for (const auto& [rows, k, groups, sms] : {std::tuple<int64_t, int64_t, int, int>{300, 192, 5, 5},
+                                               {300, 704, 5, 7},
+                                               {520, 192, 12, 4},
+                                               {520, 192, 12, 7}}) {
+      cuda::emulated_device.sms = sms;
+      run(name + ", tiles of several passes, rows " + std::to_string(rows) + ", " + std::to_string(sms) + " SMs", path,
+          {DType::kBFloat16,
+           rows,
+           k,
+           {72, 40, 40},
+           groups,
+           {128, 40, 16, 256, 200, 3, 0, 8, 20, 128, 128, 129},
+           "segments"});
+    }
+    cuda::emulated_device.sms = 132;
   }
 }
 

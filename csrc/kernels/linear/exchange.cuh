@@ -2,8 +2,7 @@
 //
 // Of a pass over x, a block holds its part's sums in the registers of its tensor cores. They are cut into units, each
 // owned by one block: it gets the unit's sums from all blocks, adds them in the order of K, and sends what is wanted of
-// them to all blocks that expand the slice. The barrier that counts what arrives serves
-// embedding_wide.cu, too.
+// them to all blocks that expand the slice. The barrier that counts what arrives serves embedding_wide.cu, too.
 #pragma once
 
 #include "linear/expand_stream.cuh"

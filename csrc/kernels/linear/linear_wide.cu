@@ -1,21 +1,22 @@
 // linear for prefill in one launch, sm_90a: a cluster of blocks takes a wide tile of up to 128 rows of one group.
 //
-//   every block:  its part of K, all slices: x and A through a ring of stages (cp.async), wgmma     -> sums of its part
+//   every block:  its part of K: x and A of all slices through a ring of stages (cp.async), wgmma   -> sums of its part
 //                 the first of y, then of B, on their way meanwhile
-//                 the cluster's barrier, and v of a slice from the sums of all parts, added in the order of K
+//                 the cluster's barrier, and v of a slice from the sums of its parts, added in the order of K
 //                 its part of the outputs                                                           (ExpandStream)
 //
-// x is read once, y once. K is shared so that few rows, too, occupy the device, and A comes from L2 once for every
-// tile. Sums of few ranks go through planes in L2, one for each part; those of many through the blocks' shared memory
-// (exchange.cuh). Of more ranks than registers hold, there are further passes over x, which are shared as one walk over
-// K: most blocks have a part of one pass alone, longer than of all would be, and fewer sums (PassShares). These go
-// through planes again, as do those of more ranks than shared memory has room for. One launch instead of two: no block
-// waits for the last one of a grid, and y streams while v is exchanged. Also shrink on its own, through planes.
+// x is read once, where its ranks fit the registers, and y once. K is shared so that few rows, too, occupy the device,
+// and A comes from L2 once for every tile. Sums of few ranks go through planes in L2, one for each part; those of many
+// through the blocks' shared memory (exchange.cuh). Of more ranks than registers hold, there are further passes over x,
+// which are shared as one walk over K: most blocks have a part of one pass alone, longer than of all would be, and
+// fewer sums (PassShares). These go through planes again, as do those of more ranks than shared memory has room for.
+// One launch instead of two: no block waits for the last one of a grid, and y streams while v is exchanged. Also shrink
+// on its own, through planes.
 //
 // What the block works on is read before the kernel before has ended, and compared after it (as in linear_cluster.cu).
 // Where that was decode's kernel for the short runs of the same call, nothing that is read here may change: both run
-// side by side. The order of all sums depends on the capacities of the call alone; and, of more tiles than clusters of
-// two, on which launch takes the tile.
+// side by side. The order of all sums depends on the capacities of the call, on the ranks of the row's own adapter
+// where they take several passes, and, of more tiles than clusters of two, on which launch takes the tile.
 #include <algorithm>
 
 #include "linear/exchange.cuh"
@@ -104,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   constexpr int kRingAt = kEarlyY ? Stream::kEarlyBytes : 0;
   // the widest v, of a slice or of all
   constexpr int kPitch = StreamV::pitch(kThroughL2 ? kMostRanks : 32 * kMaxBlocks);
+  static_assert(kThroughL2 || kMostRanks <= 32 * kMaxBlocks);
   constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
   constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
   static_assert(Stream::kBytes <= v_at(kPitch) && kRingAt % 1024 == 0);
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   // whether the first of y, and of B, may come while sums are on their way
   const auto y_early = [&] { return !is_direct() || inbox_at() >= Stream::kEarlyBytes; };
   const auto b_early = [&] { return !is_direct() || inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
-  // but of few ranks, where every block has a part of each pass
+  // not used for few ranks, where every block has a part of each pass
   const auto shares = [&] {
     return PassShares{max((item.rank_tiles + kAllTiles - 1) / kAllTiles, 1), chunks_of(task, 0, 1).end, parts()};
   };
