@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "emulated.h"
+#include "linear/block_share.cuh"
 #include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/wide.cuh"
@@ -816,24 +817,30 @@ void passes() {
     for (int chunks = 1; chunks <= 40; chunks += 3) {
       for (int parts = 1; parts <= 16; ++parts) {
         const cuda::PassShares shares{passes, chunks, parts};
-        int least = 1 << 30, most = 0;
+        int least = 1 << 30, most = 0, most_planes = 0;
         std::vector<int> of_part(static_cast<size_t>(parts));
         bool right = true;
         for (int pass = 0; pass < passes; ++pass) {
           const int first = shares.first_part(pass), end = shares.end_part(pass);
-          right &= 0 <= first && first < end && end <= parts && shares.planes(pass) <= shares.most_planes();
-          right &= shares.most_planes() <= parts;
+          right &= 0 <= first && first < end && end <= parts;
+          most_planes = std::max(most_planes, shares.planes(pass));
           int done = 0;  // each chunk by one block, in order
           for (int part = 0; part < parts; ++part) {
-            const cuda::Part own = shares.chunks_of(pass, part);
-            right &= own.begin == own.end || (first <= part && part < end && own.begin == done && own.end <= chunks);
+            cuda::BlockShare share{};
+            share.begin = shares.begin(part);
+            share.end = shares.begin(part + 1);
+            const cuda::Part own = share.chunks_of(pass, chunks);
+            const bool has_part = first <= part && part < end;
+            right &= own.begin == own.end || (has_part && own.begin == done && own.end <= chunks);
             done += own.end - own.begin;
             of_part[static_cast<size_t>(part)] += own.end - own.begin;
-            // a block goes from its first pass to the last one whose first part is not behind it
-            right &= (shares.first_pass(part) <= pass && first <= part) == (first <= part && part < end);
+            // a block goes from its first pass to its last one, and is the first one of all but that
+            right &= (shares.first_pass(part) <= pass && pass <= shares.last_pass(part)) == has_part;
+            right &= !has_part || pass == shares.first_pass(part) || first == part;
           }
           right &= done == chunks;
         }
+        right &= most_planes == shares.most_planes();
         for (int n : of_part) least = std::min(least, n), most = std::max(most, n);
         CHECK(right && most - least <= 1, "%d passes of %d chunks, %d parts", passes, chunks, parts);
       }

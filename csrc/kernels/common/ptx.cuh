@@ -309,6 +309,11 @@ __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
   return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
+/// A descriptor's place, `pieces` of 16 bytes further: it is in the lower half, and the compiler knows the upper.
+__device__ __forceinline__ uint64_t further(uint64_t descriptor, int pieces) {
+  return uint64_t{0x40000040} << 32 | (static_cast<uint32_t>(descriptor) + pieces);
+}
+
 // wgmma.mma_async.m64n{16 kTiles}k16.f32: d += x * weights^T. Rank tile i of 16: d[i][0..7]; lane 4g + t of warp w has
 // of rows 16w + g and 16w + g + 8 columns 16i + 2t, 16i + 2t + 1 of both, then the same of the second 8 columns. x by a
 // descriptor, or from registers, as those of mma_m16n8k16.

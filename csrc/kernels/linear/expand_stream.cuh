@@ -70,10 +70,10 @@ template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 /// v of slice s of rows [rows.begin, rows.end) of the item to shared memory; of sums, the one rounding happens here,
-/// unscaled as in the plain formula. Who reads v syncs before. `counts`: of planes; null: task.planes.
+/// unscaled as in the plain formula. Who reads v syncs before.
 template <typename T, bool kOftenOnePlane = false>
 __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& task, const WideItem& item, int s,
-                                       Part rows, const Operands& operands = {}, const PlaneCounts* counts = nullptr) {
+                                       Part rows, const Operands& operands = {}, PlaneCounts counts = {}) {
   const int rank = item.rank[s];
   const int columns = StreamV::columns(rank);
   // quads of ranks in a row, as if their number were a power of 2; those beyond the columns are left out
@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
     // of a row's planes, up to 2^31 elements apart
     const float* from =
         task.plane + int64_t{item.plane_row + rows.begin} * task.plane_width + item.first_rank_tile[s] * kRankTile;
-    const int most = counts != nullptr ? counts->most : task.planes;
+    const int most = counts.of_tile != nullptr ? counts.most : task.planes;
     // kItems * kPlanes loads on their way at once
     const auto add_all = [&](auto items_at_once, auto planes_at_once) {
       constexpr int kItems = decltype(items_at_once)::value;
@@ -113,7 +113,8 @@ __device__ __forceinline__ void load_v(T* smem_v, int pitch, const LinearTask& t
             const float* at = from + plane * task.plane_elements + row_of(e) * task.plane_width + rank_of(e);
             const bool real = e < items && rank_of(e) < rank;
             int planes = task.planes;
-            if (counts != nullptr && real) planes = counts->of_tile[item.first_rank_tile[s] + rank_of(e) / kRankTile];
+            if (counts.of_tile != nullptr && real)
+              planes = counts.of_tile[item.first_rank_tile[s] + rank_of(e) / kRankTile];
 #pragma unroll
             for (int j = 0; j < kPlanes; ++j) {
               sum[i][j] = {0.f, 0.f, 0.f, 0.f};
@@ -388,6 +389,17 @@ class ExpandStream {
     const T* from = b_ + (panel * places + first) * stride + r;
     constexpr int kMost = kPanelBytes / 16 / kThreads;  // as of a number of columns that is a power of 2
     static_assert(panel_steps_of(96) == panel_steps_of(128) && panel_steps_of(160) == panel_steps_of(256));
+    if (kColumns > 0 && kColumns <= 128 && outputs >= places && entry.rank % 8 == 0) {  // nearly always
+      const bool real = r < entry.rank;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        const int n = first + i * apart;
+        if (i * apart >= places) break;
+        ptx::copy_async16(to + at(n, r), from, real ? 16 : 0);
+        from += apart * stride;
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int n = first + i * apart;
@@ -436,15 +448,18 @@ class ExpandStream {
   // Of the piece `n` outputs on, which stands at `at` of the ring.
   __device__ __forceinline__ void add_products(const float (&acc)[4][4], int at, int n) const {
     const float scale = item_.entry[s_].scale;
-    const auto finish = [&](int half, T* y) {
+    const unsigned char* from = my_ring() + at;
+    const uint4 base[2] = {*reinterpret_cast<const uint4*>(from), *reinterpret_cast<const uint4*>(from + 512)};
+    uint4 sum[2];  // without a branch: of a row that is not there, of whatever stands in the ring
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       float delta[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) delta[j] = acc[j / 2][half * 2 + j % 2];
-      const uint4 base = *reinterpret_cast<const uint4*>(my_ring() + at + half * 512);
-      ptx::store16(y, add_scaled<T>(base, scale, delta));
-    };
-    if (has_low_ && left_ > n) finish(0, low_ + n);
-    if (has_high_ && left_ > n) finish(1, high_ + n);
+      sum[half] = add_scaled<T>(base[half], scale, delta);
+    }
+    if (has_low_ && left_ > n) ptx::store16(low_ + n, sum[0]);
+    if (has_high_ && left_ > n) ptx::store16(high_ + n, sum[1]);
   }
   __device__ __forceinline__ void end_granule(int& slot) {
     slot = slot == kAhead * kGranuleBytes ? 0 : slot + kGranuleBytes;
@@ -542,11 +557,10 @@ class ExpandStream {
     constexpr int kSteps = panel_steps_of(64 * kTimes);
     constexpr int kGroup = 64 * kTimes <= 128 ? kPieces : 1;  // pieces that are multiplied at once
     static_assert(kSteps % kGroup == 0);
-    constexpr int kStepB = kStep * 128 >> 4;                 // of a descriptor: to the next piece
-    constexpr int kRanks64 = kSteps * kStepB;                // to the next 64 ranks
-    constexpr int kSideB = kGroup * kOutputs * 128 / 2;      // elements: to the next warps' outputs
-    uint32_t held[4 * kTimes][4] = {};                       // a first value: see walk
-    const bool has_rows = warp() % 8 / 4 * 64 < item_.rows;  // of the warpgroup
+    constexpr int kStepB = kStep * 128 >> 4;             // of a descriptor: to the next piece
+    constexpr int kRanks64 = kSteps * kStepB;            // to the next 64 ranks
+    constexpr int kSideB = kGroup * kOutputs * 128 / 2;  // elements: to the next warps' outputs
+    uint32_t held[4 * kTimes][4] = {};                   // a first value: see walk
     int slot = 0, panel = 0, left_in_panel = 0;
     uint64_t b = 0;
 #pragma unroll 1
@@ -571,19 +585,17 @@ class ExpandStream {
         }
       }
       float acc[kGroup][4][4] = {};
-      if (has_rows) {
-        ptx::wgmma_fence();
+      ptx::wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4 * kTimes; ++i) {
-          const uint64_t at = b + i / 4 * kRanks64 + i % 4 * 2;
-          if constexpr (kGroup == 2) {
-            ptx::wgmma_m64n64k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
-          } else {
-            ptx::wgmma_m64n32k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
-          }
+      for (int i = 0; i < 4 * kTimes; ++i) {
+        const uint64_t at = ptx::further(b, i / 4 * kRanks64 + i % 4 * 2);
+        if constexpr (kGroup == 2) {
+          ptx::wgmma_m64n64k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
+        } else {
+          ptx::wgmma_m64n32k16(reinterpret_cast<float (*)[8]>(acc), held[i], at, T{});
         }
-        ptx::wgmma_commit();
       }
+      ptx::wgmma_commit();
       if constexpr (kGroup == 2) {
         begin_granule(slot, (kSteps - left_in_panel) / kPieces);
       } else {
@@ -592,9 +604,9 @@ class ExpandStream {
       ptx::wgmma_wait<0>();
       ptx::use_after_wait(acc);
       // of a granule, the second piece may be none: its place in the panel is there
+      if (busy_) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        add_products(acc[i], slot + i * kPieceBytes, i * kOutputs);
+        for (int i = 0; i < kGroup; ++i) add_products(acc[i], slot + i * kPieceBytes, i * kOutputs);
       }
       if constexpr (kGroup == 2) {
         end_granule(slot);

@@ -19,6 +19,7 @@
 // where they take several passes, and, of more tiles than clusters of two, on which launch takes the tile.
 #include <algorithm>
 
+#include "linear/block_share.cuh"
 #include "linear/exchange.cuh"
 #include "linear/paths.h"
 
@@ -31,8 +32,8 @@ namespace {
 constexpr int kThreads = 512;  // four warpgroups: two share the rows of a pass over x, two its ranks
 constexpr int kSmem = 227 * 1024;
 constexpr int kExchangeAt = kSmem - kExchangeBytes;
-constexpr int kCountsAt = kExchangeAt - (static_cast<int>(sizeof(PlaneCounts)) + 15) / 16 * 16;
-constexpr int kItemAt = kCountsAt - static_cast<int>(sizeof(WideItem));
+constexpr int kShareAt = kExchangeAt - static_cast<int>(sizeof(BlockShare));
+constexpr int kItemAt = kShareAt - static_cast<int>(sizeof(WideItem));
 constexpr int v_at(int pitch) { return kItemAt - kWideTileRows * pitch * 2; }
 
 constexpr int kPanelBytes = 32 * 1024;  // of B
@@ -41,52 +42,6 @@ constexpr int kPanelBytes = 32 * 1024;  // of B
 // beyond, of one pass, two through the cluster's shared memory, where each sum is added once. H200, qkv of 1024 rows,
 // us: r16 19.2 and 20.6, r64 32.5 and 29.1.
 constexpr bool adds_through_l2(int tiles_of_pass) { return tiles_of_pass <= 4; }
-
-// What a block of a cluster takes of the outputs: neighbouring units, slice after slice.
-struct Stretch {
-  int slice = -1, first = 0, count = 0;
-
-  // The next one with any units; false after the last.
-  __device__ __forceinline__ bool next(const LinearTask& task, const WideItem& item, int part, int parts) {
-    // where the group has all slices, and the host gave each blocks of its own (share_by_slices)
-    int present = 0, all = -kSliceUnits, before = 0;
-#pragma unroll 1
-    for (int s = 0; s < task.slices; ++s) {
-      if (item.rank[s] == 0) continue;
-      const int units = kSliceUnits + units_of(task, s);
-      if (s <= slice) before += units;
-      all += units;
-      ++present;
-    }
-    if (present == task.slices && task.first_part[present] == parts) {
-      if (slice >= 0) return false;
-      slice = task.slice_of_part(part);
-      const int own = task.first_part[slice + 1] - task.first_part[slice];
-      const int index = part - task.first_part[slice];
-      const int units = units_of(task, slice);
-      first = units * index / own;
-      count = units * (index + 1) / own - first;
-      return count > 0;
-    }
-    const int begin = static_cast<int>(int64_t{all} * part / parts);
-    const int end = static_cast<int>(int64_t{all} * (part + 1) / parts);
-#pragma unroll 1
-    for (++slice; slice < task.slices; ++slice) {
-      if (item.rank[slice] == 0) continue;
-      const int units = units_of(task, slice);
-      first = max(begin - before, 0);
-      count = min(end - before, units) - first;
-      if (count > 0) return true;
-      before += units + kSliceUnits;
-    }
-    return false;
-  }
-
- private:
-  __device__ __forceinline__ static int units_of(const LinearTask& task, int s) {
-    return (task.slice[s].width + kUnitN - 1) / kUnitN;
-  }
-};
 
 /// kTiles: rank tiles that a warpgroup takes of a pass over x.
 template <typename T, int kTiles>
@@ -113,12 +68,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   unsigned char* ring = smem + kRingAt;  // of x and A
   WideItem& item = *reinterpret_cast<WideItem*>(smem + kItemAt);
   ExchangeBarriers& exchange = *reinterpret_cast<ExchangeBarriers*>(smem + kExchangeAt);
-  PlaneCounts* counts = kThroughL2 ? nullptr : reinterpret_cast<PlaneCounts*>(smem + kCountsAt);
+  BlockShare& share = *reinterpret_cast<BlockShare*>(smem + kShareAt);
   const auto parts = [] { return static_cast<int>(ptx::cluster_size()); };
   // of v: all slices' side by side, right from the blocks that add it; or a slice's at a time, from planes
   const auto is_direct = [&] {
     return !kThroughL2 && task.y != nullptr && item.rank_tiles <= kAllTiles && item.blocks <= kMaxBlocks;
   };
+  const auto counts = [&] { return kThroughL2 ? PlaneCounts{} : PlaneCounts{share.planes, share.most_planes}; };
   const auto v_pitch = [&] { return is_direct() ? StreamV::pitch(32 * item.blocks) : kPitch; };
   const auto smem_v = [&] { return reinterpret_cast<T*>(smem + v_at(v_pitch())); };
   const auto shared_v = [&] { return SharedV<T>(task, item, smem_v(), v_pitch(), parts()); };
@@ -126,58 +82,52 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   // whether the first of y, and of B, may come while sums are on their way
   const auto y_early = [&] { return !is_direct() || inbox_at() >= Stream::kEarlyBytes; };
   const auto b_early = [&] { return !is_direct() || inbox_at() >= Stream::kPanelsAt + kPanelBytes; };
-  // not used for few ranks, where every block has a part of each pass
-  const auto shares = [&] {
-    return PassShares{max((item.rank_tiles + kAllTiles - 1) / kAllTiles, 1), chunks_of(task, 0, 1).end, parts()};
-  };
+  // of few ranks, every block has a part of each pass
+  const auto first_base = [&] { return kThroughL2 || item.rank_tiles == 0 ? 0 : share.first_pass * kAllTiles; };
   const auto has_part = [&](int base) {
-    if (base >= item.rank_tiles) return false;
-    return kThroughL2 || shares().first_part(base / kAllTiles) <= static_cast<int>(ptx::cluster_rank());
+    return base < item.rank_tiles && (kThroughL2 || base <= share.last_pass * kAllTiles);
   };
-  const auto begin_expand = [&](Stretch& stretch, Stream& stream) {
-    const bool more = task.y != nullptr && stretch.next(task, item, ptx::cluster_rank(), parts());
-    if (more) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
-    return more;
+  // the next slice of which this block has outputs
+  const auto next_slice = [&](int slice) {
+    if (task.y == nullptr) return task.slices;
+    for (++slice; slice < task.slices && share.units[slice] == 0; ++slice) {
+    }
+    return slice;
   };
-  const auto start_early = [&](Stream& stream, int first_granule) {
-    stream.start_all_y(first_granule);
-    ptx::commit_copies();
-    if (b_early()) stream.start_last_panel();
-  };
-  // where only now there are registers for it, and none to keep it in
-  const auto start_late_stream = [&] {
-    Stretch stretch;
-    Stream stream(task, item, smem);
-    if (begin_expand(stretch, stream)) start_early(stream, 0);
+  const auto turn_to = [&](Stream& stream, int slice) {
+    stream.set(slice, share.first_unit[slice], share.units[slice], {0, kWideTileRows});
   };
 
   if (!task.holds_next || task.follows_own) ptx::launch_next_grid();
   if (!kThroughL2 && threadIdx.x == 0) exchange.init();
-  WideJob::read(task, item, blockIdx.x / parts());
   bool guess = !task.follows_own;
+  int index = blockIdx.x / parts();
 #pragma unroll 1
   while (true) {
+    WideJob::read(task, item, index, [&](int lane) {
+      if (item.rank_tiles == 0) return;
+      share.set<!kThroughL2>(task, item, kAllTiles, static_cast<int>(ptx::cluster_rank()), parts(), lane);
+    });
     // ---- shrink
-    Stretch stretch;
-    bool more = false;
+    int slice = task.slices;       // of which this block has outputs: the first
     int started = Stream::kAhead;  // granules of y
+    bool again = false;
     Stream stream(task, item, smem);
     stream.set_none();
-    const auto first_base = [&] { return kThroughL2 ? 0 : shares().first_pass(ptx::cluster_rank()) * kAllTiles; };
 #pragma unroll 1
     for (int base = first_base(); has_part(base) || guess; base += kAllTiles) {
       const int group = ptx::thread_again() / 128;
       const int first_tile = group / 2 * kTiles;  // of a pass
       const Copies copies(task, item, base);
-      const Part chunks = kThroughL2 ? chunks_of(task, ptx::cluster_rank(), parts())
-                                     : shares().chunks_of(base / kAllTiles, ptx::cluster_rank());
+      const Part chunks =
+          kThroughL2 ? Part{share.begin, share.end} : share.chunks_of(base / kAllTiles, chunks_of(task, 0, 1).end);
       if (guess) {
         ptx::wait_for_previous_grid();
         if (task.holds_next) ptx::launch_next_grid();
       }
       // read before all of x is asked for: else it would come last
       const bool differs = guess && WideJob::differs(task, item);
-      const bool real = item.index < item.tiles && has_part(base);
+      const bool real = index < item.tiles && has_part(base);
 #pragma unroll 1
       for (int i = 0; i < kStages - 1; ++i) {
         if (real && chunks.begin + i < chunks.end) copies.start(ring + i * Copies::kStageBytes, chunks.begin + i);
@@ -185,19 +135,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       }
       if (guess) {
         guess = false;
-        if (__syncthreads_or(differs)) {
+        again = __syncthreads_or(differs);
+        if (again) {
           ptx::wait_copies<0>();
           __syncthreads();
-          WideJob::read(task, item, blockIdx.x / parts());
-          base = first_base() - kAllTiles;
-          continue;
         }
       }
-      if (!real) break;
+      if (!real || again) break;
       const bool is_last = !has_part(base + kAllTiles);
       if (kEarlyY && is_last) {
-        more = begin_expand(stretch, stream);
-        if (more && y_early()) started = 0;
+        slice = next_slice(-1);
+        if (slice < task.slices) {
+          turn_to(stream, slice);
+          if (y_early()) started = 0;
+        }
       }
       float acc[kTiles][8];
 #pragma unroll
@@ -234,19 +185,16 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       }
       ptx::wgmma_wait<0>();
 
+      const int lane = ptx::thread_again() % 32;
+      const int warp_of_rows = ptx::thread_again() % 256 / 32;
       if (!is_direct()) {
-        const int lane = ptx::thread_again() % 32;
-        const int first_row = ptx::thread_again() % 256 / 32 * 16 + lane / 4;
-        const int part = ptx::cluster_rank();
-        const int plane = kThroughL2 ? part : part - shares().first_part(base / kAllTiles);
-        const SumStore store(task, item, plane, first_row, lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          const int tile = base + first_tile + i;
-          if (tile >= item.rank_tiles) break;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) store.put(tile, j % 2, j / 2, {acc[i][2 * j], acc[i][2 * j + 1]});
-        }
+        const int plane = kThroughL2             ? static_cast<int>(ptx::cluster_rank())
+                          : base == first_base() ? share.first_plane
+                                                 : 0;
+        store_sums<kTiles, 1>(task, item, plane, warp_of_rows * 16 + lane / 4, base + first_tile, lane % 4 * 2,
+                              [&](int i, int second_row, int half) {
+                                return float2{acc[i][4 * half + 2 * second_row], acc[i][4 * half + 2 * second_row + 1]};
+                              });
         __syncthreads();  // all are done with the ring
         continue;
       }
@@ -259,10 +207,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         exchange.v.expect(shared_v().bytes(part, units.row_groups()));
       }
       ptx::cluster_arrive_relaxed();
-      if (kEarlyY) {
-        __syncthreads();  // all are done with the ring
-        if (more && y_early()) start_early(stream, started);
-      }
       ptx::cluster_wait();
       const unsigned char* inbox = smem + inbox_at();
 #pragma unroll
@@ -270,75 +214,79 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
         if (first_tile + i >= item.rank_tiles) break;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int row_group = ptx::thread_again() % 256 / 32 * 2 + j;
+          const int row_group = warp_of_rows * 2 + j;
           if (row_group >= units.row_groups()) break;
           units.send(inbox, &exchange.sums.barrier, part, row_group, first_tile + i,
                      {acc[i][2 * j], acc[i][2 * j + 1], acc[i][4 + 2 * j], acc[i][5 + 2 * j]});
         }
       }
-      if (!kEarlyY && y_early()) start_late_stream();
+    }
+    if (again) continue;
+    if (index >= item.tiles) break;
 
-      // what this block owns of them
-      exchange.sums.wait();
-      const SharedV<T> v = shared_v();
-      const int first = units.first(part), end = units.first(part + 1);
-#pragma unroll 1
-      for (int index = first + ptx::thread_again() / 32; index < end; index += kThreads / 32) {
-        const SumUnits::Unit unit = units.unit(index);
-        float4 sums[2] = {units.add_parts(inbox, index - first, 0), {0.f, 0.f, 0.f, 0.f}};
-        if (unit.is_two) sums[1] = units.add_parts(inbox, index - first, 1);
-        v.send(&exchange.v.barrier, unit, sums[0], sums[1]);
-      }
-      __syncthreads();  // the inbox is free
-    }
-    if (item.index >= item.tiles) break;
-    if (item.rank_tiles > 0 && !is_direct()) {
-      if constexpr (!kThroughL2) counts->set(item, shares(), kAllTiles);
-      ptx::cluster_arrive();
-      if (more) start_early(stream, started);
-      if (!kEarlyY) start_late_stream();
-    }
-
-    // ---- expand
-    if (item.rank_tiles > 0 && task.y == nullptr) {
-      ptx::cluster_wait();
-      const int begin = item.rows * ptx::cluster_rank() / parts();
-      const int end = item.rows * (ptx::cluster_rank() + 1) / parts();
-      if (task.planes > 0) add_planes_to_v(task, item, begin, end, counts);
-    }
-    if (item.rank_tiles > 0 && task.y != nullptr) {
-      if (!kEarlyY) more = stretch.next(task, item, ptx::cluster_rank(), parts());
-      const int pitch = v_pitch();
-      T* v = smem_v();
+    // ---- v, and while it is on its way the first of y, and of B
+    const bool direct = is_direct();
+    if (item.rank_tiles > 0) {
+      if (!direct) ptx::cluster_arrive();
+      if (!kEarlyY) slice = next_slice(-1);
       bool is_first = true;
-      const auto wait_for_v = [&] {
-        if (!is_first) return;
-        is_first = false;
-        if (!is_direct()) return ptx::cluster_wait();
-        exchange.v.wait();
-      };
+      do {
+        const bool more = slice < task.slices;
+        if (more && (!kEarlyY || !is_first)) turn_to(stream, slice);
+        if (!is_first || !kEarlyY || !y_early()) started = 0;
 #pragma unroll 1
-      while (more) {
-        const bool is_early = is_first && y_early();
-        if (!kEarlyY || !is_first) stream.set(stretch.slice, stretch.first, stretch.count, {0, kWideTileRows});
-        if (!is_early) {
-          stream.start();
-        } else if (!b_early()) {
-          stream.start_last_panel();
+        for (int early = 1; early >= 0; --early) {
+          // sums to add may stand in the way of y, or of B
+          if (more && early == (!is_first || y_early())) {
+            stream.start_all_y(started);
+            ptx::commit_copies();
+          }
+          if (more && early == (!is_first || b_early())) stream.start_last_panel();
+          if (!early || !is_first) continue;
+          if (!direct) {
+            __syncwarp();  // for a barrier that wants the warp together
+            ptx::cluster_wait();
+            continue;
+          }
+          // what this block owns of the sums
+          const SumUnits units(item, parts());
+          const int part = ptx::cluster_rank();
+          const unsigned char* inbox = smem + inbox_at();
+          exchange.sums.wait();
+          const SharedV<T> v = shared_v();
+          const int first = units.first(part), end = units.first(part + 1);
+#pragma unroll 1
+          for (int i = first + ptx::thread_again() / 32; i < end; i += kThreads / 32) {
+            const SumUnits::Unit unit = units.unit(i);
+            float4 sums[2] = {units.add_parts(inbox, i - first, 0), {0.f, 0.f, 0.f, 0.f}};
+            if (unit.is_two) sums[1] = units.add_parts(inbox, i - first, 1);
+            v.send(&exchange.v.barrier, unit, sums[0], sums[1]);
+          }
+          __syncthreads();  // the inbox is free
         }
-        wait_for_v();
-        if (!is_direct()) load_v(v, pitch, task, item, stretch.slice, {0, kWideTileRows}, {}, counts);
-        stream.run(is_direct() ? v + 32 * item.first_block[stretch.slice] : v, pitch, nullptr, is_early);
-        more = stretch.next(task, item, ptx::cluster_rank(), parts());
+        if (is_first && direct) exchange.v.wait();
+        is_first = false;
+        if (!more) break;
+
+        // ---- expand
+        T* v = smem_v();
+        if (!direct) load_v(v, v_pitch(), task, item, slice, {0, kWideTileRows}, {}, counts());
+        stream.run(direct ? v + 32 * item.first_block[slice] : v, v_pitch(), nullptr, true);
         __syncthreads();  // all are done with the ring and v
+        slice = next_slice(slice);
+      } while (slice < task.slices);
+      if (task.y == nullptr) {
+        const int begin = item.rows * ptx::cluster_rank() / parts();
+        const int end = item.rows * (ptx::cluster_rank() + 1) / parts();
+        if (task.planes > 0) add_planes_to_v(task, item, begin, end, counts());
       }
-      wait_for_v();
     }
-    int next = item.index + gridDim.x / parts();
-    if (item.index < task.skip_at && next >= task.skip_at) next += task.skipped_tiles;
-    if (next >= item.tiles) break;
+    if (index < task.skip_at && index + static_cast<int>(gridDim.x) / parts() >= task.skip_at) {
+      index += task.skipped_tiles;
+    }
+    index += gridDim.x / parts();
+    if (index >= item.tiles) break;
     __syncthreads();
-    WideJob::read(task, item, next);
   }
   if (task.follows_own) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 #else

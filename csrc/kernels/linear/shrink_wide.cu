@@ -91,17 +91,11 @@ __global__ void __launch_bounds__(kThreads, kTiles > 8 ? 1 : 2) shrink_wide(cons
     // ranks 8n + 2t, 8n + 2t + 1 of rows g, g + 8 of every 16
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      const SumStore store(task, item, part, first_row + 16 * m + g, 2 * t);
-#pragma unroll
-      for (int i = 0; i < kTiles / 2; ++i) {
-        const int rank_tile = base + 2 * i + first_tile;
-        if (rank_tile >= item.rank_tiles) break;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float (&pair)[4] = acc[i][j / 2][m];
-          store.put(rank_tile, j % 2, j / 2, {pair[2 * (j % 2)], pair[2 * (j % 2) + 1]});
-        }
-      }
+      store_sums<kTiles / 2, 2>(task, item, part, first_row + 16 * m + g, base + first_tile, 2 * t,
+                                [&](int i, int second_row, int half) {
+                                  const float (&four)[4] = acc[i][half][m];
+                                  return float2{four[2 * second_row], four[2 * second_row + 1]};
+                                });
     }
     __syncthreads();  // before the next pass fills the ring
   }

@@ -41,8 +41,10 @@ static_assert(sizeof(WideItem) % 16 == 0);  // what lies behind it is read in 16
 /// Who a thread is, is read again wherever it matters: what follows from it would fill registers from begin to end.
 class WideJob {
  public:
-  /// All threads call it; it syncs at its end.
-  __device__ __forceinline__ static void read(const LinearTask& task, WideItem& item, int index) {
+  /// All threads call it; it syncs at its end. `then(lane)`: what a warp does before that with the item that it has
+  /// derived.
+  template <typename Then>
+  __device__ __forceinline__ static void read(const LinearTask& task, WideItem& item, int index, Then&& then) {
     const int thread = ptx::thread_again();
     if (thread < 7) item.head[thread] = ptx::load_fresh4(head_at(task, index));
     if (thread == 7) item.index = index;
@@ -56,8 +58,15 @@ class WideJob {
       reinterpret_cast<int32_t*>(item.entry)[ptx::thread_again() - 8] = ptx::load_fresh4(entry_at(task, item));
     if (has_row()) item.row[ptx::thread_again() - 128] = load_row(task, item);
     __syncthreads();
-    if (thread < 32) derive(task, item, thread);
+    if (thread < 32) {
+      derive(task, item, thread);
+      __syncwarp();
+      then(thread);
+    }
     __syncthreads();
+  }
+  __device__ __forceinline__ static void read(const LinearTask& task, WideItem& item, int index) {
+    read(task, item, index, [](int) {});
   }
 
   /// Whether memory now holds something else. Finds the addresses again rather than to keep them: registers are short.
@@ -243,81 +252,61 @@ class WideCopies {
   const T* a_[kAPieces];
 };
 
-/// Where a thread's sums go: to the part's plane, or to v.
-class SumStore {
- public:
-  /// Of rows `row` and `row` + 8 of the item; `r` counts from a rank tile's first.
-  __device__ __forceinline__ SumStore(const LinearTask& task, const WideItem& item, int part, int row, int r)
-      : task_(task), item_(item), row_(row), r_(r) {
-    plane_ = task.plane + part * task.plane_elements + int64_t{item.plane_row + row} * task.plane_width + r;
-  }
-
-  /// Sums of ranks r, r + 1 of the first or second half of a rank tile, of the first or second row.
-  __device__ __forceinline__ void put(int rank_tile, int second_row, int second_half, float2 sums) const {
-    if (row_ + 8 * second_row >= item_.rows) return;
-    if (task_.planes > 0) {
-      float* to = plane_ + 8 * second_row * task_.plane_width + rank_tile * kRankTile + 8 * second_half;
-      *reinterpret_cast<float2*>(to) = sums;
-      return;
+/// Stores a thread's sums, to the part's plane or to v: of rows `row` and `row` + 8 of the item, of kTiles rank tiles,
+/// each kStep further, from `first_tile` on, ranks r, r + 1 and r + 8, r + 9 of each. `sums(i, second_row,
+/// second_half)`: two of the ith.
+template <int kTiles, int kStep, typename Sums>
+__device__ __forceinline__ void store_sums(const LinearTask& task, const WideItem& item, int part, int row,
+                                           int first_tile, int r, Sums&& sums) {
+  const int tiles = item.rank_tiles - first_tile;
+  if (task.planes > 0) {
+    float* to = task.plane + part * task.plane_elements + int64_t{item.plane_row + row} * task.plane_width +
+                first_tile * kRankTile + r;
+#pragma unroll
+    for (int second_row = 0; second_row < 2; ++second_row) {
+      if (row + 8 * second_row < item.rows) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          if (i * kStep >= tiles) break;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            *reinterpret_cast<float2*>(to + i * kStep * kRankTile + 8 * half) = sums(i, second_row, half);
+          }
+        }
+      }
+      to += 8 * task.plane_width;
     }
-    const RankTile tile = item_.rank_tile[rank_tile];
-    const int rank = item_.rank[tile.slice];
-    const int r = tile.first_rank + 8 * second_half + r_;
-    float* to =
-        task_.v + int64_t{item_.row[row_ + 8 * second_row]} * task_.v_stride + item_.entry[tile.slice].v_col + r;
-    if (r < rank) to[0] = sums.x;
-    if (r + 1 < rank) to[1] = sums.y;
+    return;
   }
-
- private:
-  const LinearTask& task_;
-  const WideItem& item_;
-  const int row_, r_;
-  float* plane_;
-};
-
-/// Passes over x of an item, one after the other, as one walk that the blocks of a cluster share evenly. So a block has
-/// a part of K of one pass, or of neighbouring ones; a pass has neighbouring blocks, of which each writes a plane.
-struct PassShares {
-  int passes;  // one at least
-  int chunks;  // of K, a pass
-  int parts;
-
-  /// The first of the blocks that have a part of pass `pass`, and past the last of them. Of few chunks, the part may be
-  /// empty.
-  __device__ __forceinline__ int first_part(int pass) const { return pass * parts / passes; }
-  __device__ __forceinline__ int end_part(int pass) const { return ((pass + 1) * parts + passes - 1) / passes; }
-  __device__ __forceinline__ int planes(int pass) const { return end_part(pass) - first_part(pass); }
-  __device__ __forceinline__ int most_planes() const {
-    return parts % passes == 0 ? parts / passes : min(parts / passes + 2, parts);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    if (i * kStep >= tiles) break;
+    const RankTile tile = item.rank_tile[first_tile + i * kStep];
+    const int left = item.rank[tile.slice] - tile.first_rank - r;
+#pragma unroll
+    for (int second_row = 0; second_row < 2; ++second_row) {
+      if (row + 8 * second_row >= item.rows) break;
+      float* to = task.v + int64_t{item.row[row + 8 * second_row]} * task.v_stride + item.entry[tile.slice].v_col +
+                  tile.first_rank + r;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 two = sums(i, second_row, half);
+        if (8 * half < left) to[8 * half] = two.x;
+        if (8 * half + 1 < left) to[8 * half + 1] = two.y;
+      }
+    }
   }
+}
 
-  /// The first pass that block `part` has a part of.
-  __device__ __forceinline__ int first_pass(int part) const { return passes * part / parts; }
-
-  __device__ __forceinline__ Part chunks_of(int pass, int part) const {
-    const int all = passes * chunks;
-    return {min(max(all * part / parts - pass * chunks, 0), chunks),
-            min(max(all * (part + 1) / parts - pass * chunks, 0), chunks)};
-  }
-};
-
-/// Planes of the item's rank tiles, where they are not the same for all: the same for the ranks of a pass.
+/// Planes of an item's rank tiles, where they are not the same for all.
 struct PlaneCounts {
-  uint8_t of_tile[kMaxRankTiles];
-  int32_t most;
-
-  /// All threads; who reads it syncs before.
-  __device__ __forceinline__ void set(const WideItem& item, const PassShares& shares, int tiles_of_pass) {
-    const int tile = ptx::thread_again();
-    if (tile < item.rank_tiles) of_tile[tile] = static_cast<uint8_t>(shares.planes(tile / tiles_of_pass));
-    if (tile == 0) most = shares.most_planes();
-  }
+  const uint8_t* of_tile;  // null: task.planes each
+  int most;
 };
 
-/// v of rows [begin, end) of the item from its planes. `counts`: of these; null: task.planes.
+/// v of rows [begin, end) of the item from its planes.
 __device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const WideItem& item, int begin, int end,
-                                                const PlaneCounts* counts = nullptr) {
+                                                PlaneCounts counts = {}) {
   const int quads = item.rank_tiles * (kRankTile / 4);  // a row
 #pragma unroll 1
   for (int e = threadIdx.x; e < (end - begin) * quads; e += blockDim.x) {
@@ -327,7 +316,8 @@ __device__ __forceinline__ void add_planes_to_v(const LinearTask& task, const Wi
     const int rank = item.rank[tile.slice];
     const int r = tile.first_rank + column % kRankTile;
     const float* from = task.plane + int64_t{item.plane_row + row} * task.plane_width + column;
-    const float4 sum = add_planes(task, from, counts != nullptr ? counts->of_tile[column / kRankTile] : task.planes);
+    const float4 sum =
+        add_planes(task, from, counts.of_tile != nullptr ? counts.of_tile[column / kRankTile] : task.planes);
     float* to = task.v + int64_t{item.row[row]} * task.v_stride + item.entry[tile.slice].v_col + r;
     if (r < rank) to[0] = sum.x;
     if (r + 1 < rank) to[1] = sum.y;

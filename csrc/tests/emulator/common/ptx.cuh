@@ -200,6 +200,7 @@ inline uint64_t swizzled_rows(const void* smem) {
   if (offset % 1024 != 0) std::abort();
   return static_cast<uint64_t>(offset) >> 4;
 }
+inline uint64_t further(uint64_t descriptor, int pieces) { return descriptor + static_cast<uint64_t>(pieces); }
 // Element k of row `row` of what a descriptor describes, for a step that begins inside a swizzled row.
 template <typename T>
 inline float swizzled_element(uint64_t descriptor, int row, int k) {
