@@ -42,25 +42,39 @@ struct alignas(16) BlockShare {
   int32_t first_unit[kMaxSlices], units[kMaxSlices];
   uint8_t planes[kMaxRankTiles];  // of a rank tile: the same for the ranks of a pass
 
-  /// One warp, of an item with rank tiles. kOneWalk: passes of `tiles_of_pass` rank tiles, as one walk.
-  template <bool kOneWalk>
-  __device__ __forceinline__ void set(const LinearTask& task, const WideItem& item, int tiles_of_pass, int part,
-                                      int parts, int lane) {
-    const int passes = kOneWalk ? (item.rank_tiles + tiles_of_pass - 1) / tiles_of_pass : 1;
-    const PassShares shares{passes, (task.k + kChunkK - 1) / kChunkK, parts};
-    if (lane == 0) {
-      begin = shares.begin(part);
-      end = shares.begin(part + 1);
-      first_pass = shares.first_pass(part);
-      last_pass = shares.last_pass(part);
-      first_plane = part - shares.first_part(first_pass);
-      most_planes = shares.most_planes();
-    }
+  /// The part of K; one warp, of an item with rank tiles. `passes`: one where every pass is shared alike.
+  __device__ __forceinline__ void set_k(const LinearTask& task, int passes, int part, int parts, int lane) {
+    const PassShares shares{passes, chunks_of_k(task), parts};
+    const int past = lane % 2;  // begin and end, first and last pass: a lane each, one division
+    const int of_all = (lane < 2 ? passes * shares.chunks : passes) * (part + past) - (lane == 3 ? 1 : 0);
+    const int share = of_all / parts;
+    if (lane == 0) begin = share;
+    if (lane == 1) end = share;
+    if (lane == 2) first_pass = share;
+    if (lane == 3) last_pass = share;
+  }
+
+  /// The planes, where passes of kTilesOfPass rank tiles are one walk, and the outputs; another warp.
+  template <int kTilesOfPass>
+  __device__ __forceinline__ void set_others(const LinearTask& task, const WideItem& item, int part, int parts,
+                                             int lane) {
+    if constexpr (kTilesOfPass > 0) {
+      const PassShares shares{passes_of<kTilesOfPass>(item), chunks_of_k(task), parts};
+      if (lane == 0) {
+        first_plane = part - shares.first_part(shares.first_pass(part));
+        most_planes = shares.most_planes();
+      }
 #pragma unroll 1
-    for (int tile = lane; kOneWalk && tile < item.rank_tiles; tile += 32) {
-      planes[tile] = static_cast<uint8_t>(shares.planes(tile / tiles_of_pass));
+      for (int tile = lane; tile < item.rank_tiles; tile += 32) {
+        planes[tile] = static_cast<uint8_t>(shares.planes(tile / kTilesOfPass));
+      }
     }
     set_units(task, item, part, parts, lane);
+  }
+
+  template <int kTilesOfPass>
+  __device__ __forceinline__ static int passes_of(const WideItem& item) {
+    return (item.rank_tiles + kTilesOfPass - 1) / kTilesOfPass;
   }
 
   /// The chunks of pass `pass` of a walk over passes of `chunks`.
@@ -69,6 +83,8 @@ struct alignas(16) BlockShare {
   }
 
  private:
+  __device__ __forceinline__ static int chunks_of_k(const LinearTask& task) { return (task.k + kChunkK - 1) / kChunkK; }
+
   // A lane a slice. Where the group has all slices, and the host gave each blocks of its own (share_by_slices), these
   // share it; else all share all of them, in which beginning another slice counts as kSliceUnits.
   __device__ __forceinline__ void set_units(const LinearTask& task, const WideItem& item, int part, int parts,

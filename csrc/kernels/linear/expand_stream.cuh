@@ -375,7 +375,7 @@ class ExpandStream {
       if (!kWgmma) return StreamB::at(StreamB::place(n), columns, r);
       return StreamB::swizzled_at(StreamB::place(n), places, r);
     };
-    if (((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) != 0) {
+    if (__builtin_expect(((static_cast<int>(entry.b_offset) | entry.b_stride) & 7) != 0, 0)) {
       return copy_b_slowly(to, b_ + panel * places * stride, stride, places, outputs, columns, entry.rank, at);
     }
     // a thread brings 8 ranks of every so-many-th output; their number an output as if it were a power of 2
@@ -389,7 +389,7 @@ class ExpandStream {
     const T* from = b_ + (panel * places + first) * stride + r;
     constexpr int kMost = kPanelBytes / 16 / kThreads;  // as of a number of columns that is a power of 2
     static_assert(panel_steps_of(96) == panel_steps_of(128) && panel_steps_of(160) == panel_steps_of(256));
-    if (kColumns > 0 && kColumns <= 128 && outputs >= places && entry.rank % 8 == 0) {  // nearly always
+    if (kColumns > 0 && kColumns <= 128 && __builtin_expect(outputs >= places && entry.rank % 8 == 0, 1)) {
       const bool real = r < entry.rank;
 #pragma unroll
       for (int i = 0; i < kMost; ++i) {
@@ -419,11 +419,8 @@ class ExpandStream {
   // panel.
   template <int kColumns>
   __device__ __forceinline__ void begin_panel(int panel) const {
-    if (panel_steps<kColumns>() < kAhead * kPieces) {
-      ptx::wait_copies<1>();
-    } else {
-      ptx::wait_copies<kAhead>();
-    }
+    static_assert(kAhead == 1 || panel_steps_of(kMostRanks) >= kAhead * kPieces);
+    ptx::wait_copies<kAhead>();
     if (kWgmma) fence_panel();
     __syncthreads();  // the panel is there for all, and all are done with the one before
     start_panel<kColumns>(panel + 1);

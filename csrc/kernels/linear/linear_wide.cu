@@ -63,6 +63,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
   static_assert(kThroughL2 || kMostRanks <= 32 * kMaxBlocks);
   constexpr int kMostStages = (kItemAt - kRingAt) / Copies::kStageBytes;
   constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
+  // chunks whose products go on while the next is waited for: where as many as three others can be on their way
+  constexpr int kOpen = kStages > 4 ? 1 : 0;
+  constexpr int kChunksAhead = kStages - 1 - kOpen;
   static_assert(Stream::kBytes <= v_at(kPitch) && kRingAt % 1024 == 0);
   unsigned char* smem = ptx::dynamic_smem();
   unsigned char* ring = smem + kRingAt;  // of x and A
@@ -105,13 +108,13 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
 #pragma unroll 1
   while (true) {
     WideJob::read(task, item, index, [&](int lane) {
-      if (item.rank_tiles == 0) return;
-      share.set<!kThroughL2>(task, item, kAllTiles, static_cast<int>(ptx::cluster_rank()), parts(), lane);
+      const int passes = kThroughL2 ? 1 : BlockShare::passes_of<kAllTiles>(item);
+      if (passes > 0) share.set_k(task, passes, ptx::cluster_rank(), parts(), lane);
     });
     // ---- shrink
     int slice = task.slices;       // of which this block has outputs: the first
     int started = Stream::kAhead;  // granules of y
-    bool again = false;
+    bool is_new = true, again = false;
     Stream stream(task, item, smem);
     stream.set_none();
 #pragma unroll 1
@@ -129,12 +132,17 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       const bool differs = guess && WideJob::differs(task, item);
       const bool real = index < item.tiles && has_part(base);
 #pragma unroll 1
-      for (int i = 0; i < kStages - 1; ++i) {
+      for (int i = 0; i < kChunksAhead; ++i) {
         if (real && chunks.begin + i < chunks.end) copies.start(ring + i * Copies::kStageBytes, chunks.begin + i);
         ptx::commit_copies();
       }
-      if (guess) {
-        guess = false;
+      if (is_new) {
+        is_new = guess = false;
+        const int warp = ptx::thread_again() / 32;
+        if (warp == kThreads / 64 && item.rank_tiles > 0) {  // while x is on its way
+          share.set_others<kThroughL2 ? 0 : kAllTiles>(task, item, ptx::cluster_rank(), parts(),
+                                                       ptx::thread_again() % 32);
+        }
         again = __syncthreads_or(differs);
         if (again) {
           ptx::wait_copies<0>();
@@ -156,10 +164,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       int stage = 0;
 #pragma unroll 1
       for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-        ptx::wait_copies<kStages - 2>();
+        ptx::wait_copies<kChunksAhead - 1>();
         ptx::fence_async_proxy();
-        ptx::wgmma_wait<0>();
-        __syncthreads();  // the chunk is there for all, and all are done with the chunk before
+        if (kOpen == 0) ptx::wgmma_wait<0>();
+        __syncthreads();  // the chunk is there for all, and all are done with what the next copies replace
         ptx::wgmma_fence();
         const unsigned char* at = ring + stage * Copies::kStageBytes;
         const uint64_t x = ptx::swizzled_rows(at + group % 2 * 64 * kChunkK * 2);
@@ -167,20 +175,27 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
 #pragma unroll
         for (int step = 0; step < kChunkK / 16; ++step) {
           // all ranks at once: each product reads x from shared memory, which is what bounds them
-          if constexpr (kTiles == 8) ptx::wgmma_m64n128k16(acc, x + 2 * step, a + 2 * step, T{});
-          if constexpr (kTiles == 6) ptx::wgmma_m64n96k16(acc, x + 2 * step, a + 2 * step, T{});
-          if constexpr (kTiles == 4) ptx::wgmma_m64n64k16(acc, x + 2 * step, a + 2 * step, T{});
-          if constexpr (kTiles == 2) ptx::wgmma_m64n32k16(acc, x + 2 * step, a + 2 * step, T{});
-          if constexpr (kTiles == 1) ptx::wgmma_m64n16k16(acc, x + 2 * step, a + 2 * step, T{});
+          if constexpr (kTiles == 8)
+            ptx::wgmma_m64n128k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
+          if constexpr (kTiles == 6)
+            ptx::wgmma_m64n96k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
+          if constexpr (kTiles == 4)
+            ptx::wgmma_m64n64k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
+          if constexpr (kTiles == 2)
+            ptx::wgmma_m64n32k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
+          if constexpr (kTiles == 1)
+            ptx::wgmma_m64n16k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
         }
         ptx::wgmma_commit();
-        const int next = chunk + kStages - 1;
+        const int next = chunk + kChunksAhead;
         if (next < chunks.end) {
-          copies.start(ring + (stage == 0 ? kStages - 1 : stage - 1) * Copies::kStageBytes, next);
+          const int to = stage <= kOpen ? stage + kChunksAhead : stage - 1 - kOpen;
+          copies.start(ring + to * Copies::kStageBytes, next);
         } else if (kEarlyY && started < Stream::kAhead) {
           stream.start_y(started++);
         }
         ptx::commit_copies();
+        if (kOpen > 0) ptx::wgmma_wait<kOpen>();
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       ptx::wgmma_wait<0>();

@@ -203,38 +203,41 @@ class WideCopies {
 #pragma unroll
     for (int i = 0; i < kXPieces; ++i) {
       const int row = thread_row() + kRowsApart * i;
-      x_[i] = row < item.rows ? static_cast<uint32_t>(int64_t{item.row[row]} * task.x_stride / 8) : kNothing;
+      x_[i] = static_cast<const T*>(task.x) + int64_t{item.row[row]} * task.x_stride + thread_k();
+      if (row < item.rows) real_ |= 1u << i;
     }
 #pragma unroll
     for (int i = 0; i < kAPieces; ++i) {
       const int row = thread_row() + kRowsApart * i;
       const int tile = first_rank_tile + row / kRankTile;
-      a_[i] = nullptr;
+      a_[i] = static_cast<const T*>(task.x);
       if (row < kTiles * kRankTile && tile < item.rank_tiles) {
         const RankTile at = item.rank_tile[tile];
         const SliceEntry& entry = item.entry[at.slice];
         const LinearSlice& slice = task.slice[at.slice];
         const int r = at.first_rank + row % kRankTile;
-        if (r < item.rank[at.slice]) a_[i] = static_cast<const T*>(slice.a) + int64_t{entry.a_row + r} * slice.a_stride;
+        if (r < item.rank[at.slice]) {
+          a_[i] = static_cast<const T*>(slice.a) + int64_t{entry.a_row + r} * slice.a_stride + thread_k();
+          real_ |= 1u << (kXPieces + i);
+        }
       }
     }
   }
 
+  /// What is not real is not read: its address may be anything.
   __device__ __forceinline__ void start(unsigned char* stage, int chunk) const {
     unsigned char* to = stage + piece_at(thread_row(), thread_ % 8);
-    const int k = chunk * kChunkK + thread_ % 8 * 8;
-    const bool inside = k < task_.k;
-    const T* x = static_cast<const T*>(task_.x);
+    const int k = chunk * kChunkK;
+    const uint32_t real = k + thread_k() < task_.k ? real_ : 0;
 #pragma unroll
     for (int i = 0; i < kXPieces; ++i) {
-      const bool real = inside && x_[i] != kNothing;
-      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, real ? x + int64_t{x_[i]} * 8 + k : x, real ? 16 : 0);
+      ptx::copy_async16(to + i * kRowsApart * kChunkK * 2, x_[i] + k, (real >> i & 1) != 0 ? 16 : 0);
     }
 #pragma unroll
     for (int i = 0; i < kAPieces; ++i) {
       if (kTiles * kRankTile % kRowsApart != 0 && thread_row() + kRowsApart * i >= kTiles * kRankTile) break;
-      const bool real = inside && a_[i] != nullptr;
-      ptx::copy_async16(to + kABytes + i * kRowsApart * kChunkK * 2, real ? a_[i] + k : x, real ? 16 : 0);
+      ptx::copy_async16(to + kABytes + i * kRowsApart * kChunkK * 2, a_[i] + k,
+                        (real >> (kXPieces + i) & 1) != 0 ? 16 : 0);
     }
   }
 
@@ -242,14 +245,15 @@ class WideCopies {
   static constexpr int kRowsApart = kThreads / 8;
   static constexpr int kXPieces = kWideTileRows / kRowsApart;
   static constexpr int kAPieces = (kTiles * kRankTile + kRowsApart - 1) / kRowsApart;
-  static constexpr uint32_t kNothing = ~0u;
 
   __device__ __forceinline__ int thread_row() const { return thread_ / 8; }
+  __device__ __forceinline__ int thread_k() const { return thread_ % 8 * 8; }
 
   const LinearTask& task_;
   const int thread_;
-  uint32_t x_[kXPieces];  // in pieces from x on: 32 bits hold 64 GiB
+  const T* x_[kXPieces];
   const T* a_[kAPieces];
+  uint32_t real_ = 0;  // a bit for each of x, then of A
 };
 
 /// Stores a thread's sums, to the part's plane or to v: of rows `row` and `row` + 8 of the item, of kTiles rank tiles,
