@@ -215,59 +215,52 @@ __global__ void __launch_bounds__(kWarps * 32, kWarpsPerSm / kWarps)
       // ---- expand: the warp's units of outputs
       expand.clear();
       const int alignment = static_cast<int>(b_offset) | b_stride;
-      bool have_v = false;
+      const uint32_t has = g < rows ? 1 : 0;
       int r = 0;
+      if (expand.unit < n.end) expand.load(r, rank, has, b_stride, alignment);
+      if (blocks > 1) ptx::wait_barrier_cluster(partials_arrived, phases & 1);
+      // v: the partials in order, as 16-bit operands of the second product: its one rounding, unscaled as in the
+      // plain formula, so that a scale above 1 cannot overflow float16 earlier than there
+      const auto add_all = [&](int slot, int quad) {
+        const bool alone = blocks == 1;
+        return add_quads(alone ? in_partial(quad) : inbox + slot, alone ? partial_stride : chunk,
+                         alone ? task.k_split_log2 : blocks_log2);
+      };
+      if (direct) {
+        if (g < rows) {
+          const float4 sum = add_all(g * quads_a_row + t, g * quads_a_row + t);
+          expand.v_frag[0] = pack(sum.x, sum.y, T{});
+          expand.v_frag[2] = pack(sum.z, sum.w, T{});
+        }
+      } else {
+        const bool all = few || blocks == 1;
 #pragma unroll 1
-      while (true) {
-        if (expand.unit < n.end) expand.load(r, rank, g < rows ? 1 : 0, b_stride, alignment);
-        if (!have_v) {
-          have_v = true;
-          if (blocks > 1) ptx::wait_barrier_cluster(partials_arrived, phases & 1);
-          // v: the partials in order, as 16-bit operands of the second product: its one rounding, unscaled as in the
-          // plain formula, so that a scale above 1 cannot overflow float16 earlier than there
-          const auto add_all = [&](int slot, int quad) {
-            const bool alone = blocks == 1;
-            return add_quads(alone ? in_partial(quad) : inbox + slot, alone ? partial_stride : chunk,
-                             alone ? task.k_split_log2 : blocks_log2);
-          };
-          if (direct) {
-            if (g < rows) {
-              const float4 sum = add_all(g * quads_a_row + t, g * quads_a_row + t);
-              expand.v_frag[0] = pack(sum.x, sum.y, T{});
-              expand.v_frag[2] = pack(sum.z, sum.w, T{});
-            }
+        for (int i = all ? threadIdx.x : threadIdx.x % 32; i < (all ? quads : mine); i += all ? kThreads : 32) {
+          const int quad = all ? i : first_mine + i;
+          const float4 sum = add_all(i, quad);
+          const uint2 rounded{pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
+          const int row = row_of(quad);
+          T* to = smem_v + row * at.v_pitch + 4 * (quad - row * quads_a_row);
+          if (all) {
+            *reinterpret_cast<uint2*>(to) = rounded;
           } else {
-            const bool all = few || blocks == 1;
 #pragma unroll 1
-            for (int i = all ? threadIdx.x : threadIdx.x % 32; i < (all ? quads : mine); i += all ? kThreads : 32) {
-              const int quad = all ? i : first_mine + i;
-              const float4 sum = add_all(i, quad);
-              const uint2 rounded{pack(sum.x, sum.y, T{}), pack(sum.z, sum.w, T{})};
-              const int row = row_of(quad);
-              T* to = smem_v + row * at.v_pitch + 4 * (quad - row * quads_a_row);
-              if (all) {
-                *reinterpret_cast<uint2*>(to) = rounded;
-              } else {
-#pragma unroll 1
-                for (int other = warp; other < blocks; other += kWarps) {
-                  ptx::store_async(ptx::map_to_rank(to, other), rounded, ptx::map_to_rank(v_arrived, other));
-                }
-              }
-            }
-            if (all) {
-              __syncthreads();
-            } else {
-              ptx::wait_barrier_cluster(v_arrived, phases >> 1);
-              phases ^= 2;
+            for (int other = warp; other < blocks; other += kWarps) {
+              ptx::store_async(ptx::map_to_rank(to, other), rounded, ptx::map_to_rank(v_arrived, other));
             }
           }
         }
-        if (expand.unit >= n.end) break;
+        if (all) {
+          __syncthreads();
+        } else {
+          ptx::wait_barrier_cluster(v_arrived, phases >> 1);
+          phases ^= 2;
+        }
+      }
+#pragma unroll 1
+      while (expand.unit < n.end) {
         r = expand.multiply(r, rank, alignment, direct ? nullptr : smem_v + g * at.v_pitch, at.v_pitch);
-        if (r < rank) continue;
-        expand.store(scale, g < rows ? 1 : 0);
-        expand.next(kWarps, b_stride);
-        r = 0;
+        r = expand.turn(kWarps, n.end, r, rank, scale, has, has, b_stride, alignment);
       }
       phases ^= 1;
     }

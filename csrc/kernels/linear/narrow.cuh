@@ -218,23 +218,23 @@ struct NarrowShrink {
   }
 };
 
-/// y += scale * v B^T, a unit of outputs at a time. kWide: made for ranks of 32 and more (units of 32 outputs, 64 ranks
-/// at a time, or 32), else for less (64 outputs, or 32, and 16 ranks); both take any rank.
+/// y += scale * v B^T, a unit of outputs at a time. kWide: made for ranks of 32 and more (units of 32 outputs and 64
+/// ranks at a time, or 32, or of 64 and 32), else for less (64 outputs, or 32, and 16 ranks); all take any rank.
 template <typename T, bool kWide, int kRows, int kUnitOutputs = kWide ? 32 : 64, int kRanks = kWide ? 64 : 16>
 struct NarrowExpand {
   static_assert(kWide ? kRanks == 64 || kRanks == 32 : kRanks == 16);
+  static_assert(kRanks < 64 || kUnitOutputs == 32);  // there are registers for 2048 elements of B
   static constexpr int kOutputs = kUnitOutputs;
   static constexpr int kHalves = kOutputs / 32;
   static constexpr int kEights = kRows / 8;
-
   const LinearSlice& slice;
   int unit;
-  const T* b;                // of the unit's output g % 2
-  const T* b_half[kHalves];  // of this lane's first output of the first or second 32
-  T* y[kEights];             // rows g and g + 8
+  const T* b;     // of the unit's output g % 2
+  T* y[kEights];  // rows g and g + 8
   float acc[kHalves * 4][4];
   uint4 b_frag[8], y_frag[kEights][kHalves];
-  uint32_t v_frag[4];  // up to 16 ranks: from outside, or from shared memory
+  uint4 y_next[kEights][kHalves];  // of the warp's next unit, on its way before this one's is stored
+  uint32_t v_frag[4];              // up to 16 ranks: from outside, or from shared memory
 
   __device__ __forceinline__ explicit NarrowExpand(const LinearSlice& of) : slice(of) {}
 
@@ -248,14 +248,12 @@ struct NarrowExpand {
       const int64_t row = job.row(task, g + 8 * i);
       y[i] = static_cast<T*>(task.y) + row * task.y_stride + slice.col + unit * kOutputs + threadIdx.x % 4 * 8;
     }
-    set_halves(b_stride);
   }
   __device__ __forceinline__ void next(int units, int b_stride) {
     unit += units;
     b += units * kOutputs * int64_t{b_stride};
 #pragma unroll
     for (int i = 0; i < kEights; ++i) y[i] += units * kOutputs;
-    set_halves(b_stride);
     clear_sums();
   }
   __device__ __forceinline__ void clear() {
@@ -263,7 +261,9 @@ struct NarrowExpand {
 #pragma unroll
     for (int i = 0; i < 8; ++i) b_frag[i] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < kEights * kHalves; ++i) y_frag[i / kHalves][i % kHalves] = {0, 0, 0, 0};
+    for (int i = 0; i < kEights * kHalves; ++i) {
+      y_frag[i / kHalves][i % kHalves] = y_next[i / kHalves][i % kHalves] = {0, 0, 0, 0};
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) v_frag[i] = 0;
   }
@@ -272,7 +272,9 @@ struct NarrowExpand {
   __device__ __forceinline__ void start_from_nothing() {
     const uint4 minus_zeros{0x80008000u, 0x80008000u, 0x80008000u, 0x80008000u};
 #pragma unroll
-    for (int i = 0; i < kEights * kHalves; ++i) y_frag[i / kHalves][i % kHalves] = minus_zeros;
+    for (int i = 0; i < kEights * kHalves; ++i) {
+      y_frag[i / kHalves][i % kHalves] = y_next[i / kHalves][i % kHalves] = minus_zeros;
+    }
   }
 
   __device__ __forceinline__ static bool is_wide(int r, int rank, int alignment) {
@@ -282,38 +284,28 @@ struct NarrowExpand {
   /// B of ranks r on, and y with the first. has: bit i says that row g + 8i is read and written. alignment: offset and
   /// stride of B, or-ed.
   __device__ __forceinline__ void load(int r, int rank, uint32_t has, int b_stride, int alignment) {
-    const int t = threadIdx.x % 4;
-    if (r == 0) {
-#pragma unroll
-      for (int i = 0; i < kEights * kHalves; ++i) {
-        const int eight = i / kHalves, half = i % kHalves;
-        if (has_piece(half, eight, has)) y_frag[eight][half] = ptx::load16(y[eight] + half * 32);
-      }
+    load_b(0, r, rank, b_stride, alignment);
+    if (r == 0) load_y(y_frag, 0, has);
+  }
+
+  /// Of a warp whose units are `units` apart, up to `end`: turns from what has been multiplied up to rank r to what
+  /// comes next, which is asked for before this unit is stored. Returns the rank that it begins with. `reads`: of y.
+  __device__ __forceinline__ int turn(int units, int end, int r, int rank, float scale, uint32_t has, uint32_t reads,
+                                      int b_stride, int alignment) {
+    if (r < rank) {
+      load_b(0, r, rank, b_stride, alignment);
+      return r;
     }
-    const auto b_row = [&](int j) { return b_half[j / 4 % kHalves] + int64_t{j % 4 * 2} * b_stride; };
-    if (is_wide(r, rank, alignment)) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) b_frag[j] = ptx::load_weights16(b_row(j) + r + 8 * t);
-      if (kRanks == 64 && is_wide(r + 32, rank, alignment)) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) b_frag[4 + j] = ptx::load_weights16(b_row(j) + r + 32 + 8 * t);
-      }
-    } else if ((alignment & 3) == 0 && rank % 4 == 0) {
-      const bool inside = r + 4 * t < rank;
-#pragma unroll
-      for (int j = 0; j < kHalves * 4; ++j) {
-        const uint2 ranks = ptx::load_weights8_if(inside, b_row(j) + r + 4 * t);
-        b_frag[j].x = ranks.x;
-        b_frag[j].y = ranks.y;
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kHalves * 4; ++j) {
-        const uint2 ranks = load_ranks(b_row(j), r + 4 * t, rank);
-        b_frag[j].x = ranks.x;
-        b_frag[j].y = ranks.y;
-      }
+    const bool more = unit + units < end;
+    if (more) {
+      load_b(units, 0, rank, b_stride, alignment);
+      load_y(y_next, units, reads);
     }
+    store(scale, has);
+    next(units, b_stride);
+#pragma unroll
+    for (int i = 0; i < kEights * kHalves; ++i) y_frag[i / kHalves][i % kHalves] = y_next[i / kHalves][i % kHalves];
+    return 0;
   }
 
   /// What load brought. `v`: of row g in shared memory, `pitch` before the next; null: v_frag holds it. Returns the
@@ -364,8 +356,9 @@ struct NarrowExpand {
   }
 
   /// Of this lane's y, the first or second 32 outputs of row g or g + 8: whether it is there.
-  __device__ __forceinline__ bool has_piece(int half, int eight, uint32_t has) const {
-    return (has >> eight & 1) != 0 && unit * kOutputs + half * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;
+  __device__ __forceinline__ bool has_piece(int half, int eight, uint32_t has, int further = 0) const {
+    return (has >> eight & 1) != 0 &&
+           (unit + further) * kOutputs + half * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;
   }
   /// What is to be added to it, unscaled.
   __device__ __forceinline__ void take_delta(int half, int eight, float (&delta)[8]) const {
@@ -374,13 +367,49 @@ struct NarrowExpand {
   }
 
  private:
-  // output 8 * (g / 2) + 2j + g % 2 of 32 is row g of mma j; beyond the width: of the unit's first 8
-  __device__ __forceinline__ void set_halves(int b_stride) {
+  // Of the unit `further` ones on.
+  __device__ __forceinline__ void load_y(uint4 (&to)[kEights][kHalves], int further, uint32_t has) const {
+#pragma unroll
+    for (int i = 0; i < kEights * kHalves; ++i) {
+      const int eight = i / kHalves, half = i % kHalves;
+      if (has_piece(half, eight, has, further))
+        to[eight][half] = ptx::load16(y[eight] + further * kOutputs + half * 32);
+    }
+  }
+  __device__ __forceinline__ void load_b(int further, int r, int rank, int b_stride, int alignment) {
+    const int t = threadIdx.x % 4;
     const int g = threadIdx.x % 32 / 4;
+    // output 8 * (g / 2) + 2j + g % 2 of 32 is row g of mma j; beyond the width: of the unit's first 8
+    const T* first = b + int64_t{further * kOutputs} * b_stride;
+    const T* half_of_b[kHalves];
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
       const int eight = i * 32 + g / 2 * 8;
-      b_half[i] = b + int64_t{unit * kOutputs + eight < slice.width ? eight : 0} * b_stride;
+      half_of_b[i] = first + int64_t{(unit + further) * kOutputs + eight < slice.width ? eight : 0} * b_stride;
+    }
+    const auto b_row = [&](int j) { return half_of_b[j / 4 % kHalves] + int64_t{j % 4 * 2} * b_stride; };
+    if (is_wide(r, rank, alignment)) {
+#pragma unroll
+      for (int j = 0; j < 4 * kHalves; ++j) b_frag[j] = ptx::load_weights16(b_row(j) + r + 8 * t);
+      if (kRanks == 64 && is_wide(r + 32, rank, alignment)) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b_frag[4 + j] = ptx::load_weights16(b_row(j) + r + 32 + 8 * t);
+      }
+    } else if ((alignment & 3) == 0 && rank % 4 == 0) {
+      const bool inside = r + 4 * t < rank;
+#pragma unroll
+      for (int j = 0; j < kHalves * 4; ++j) {
+        const uint2 ranks = ptx::load_weights8_if(inside, b_row(j) + r + 4 * t);
+        b_frag[j].x = ranks.x;
+        b_frag[j].y = ranks.y;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kHalves * 4; ++j) {
+        const uint2 ranks = load_ranks(b_row(j), r + 4 * t, rank);
+        b_frag[j].x = ranks.x;
+        b_frag[j].y = ranks.y;
+      }
     }
   }
   __device__ __forceinline__ void clear_sums() {
