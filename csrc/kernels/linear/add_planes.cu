@@ -8,19 +8,32 @@ namespace polylora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 16;
+constexpr int kPerSm = 4;
+
+// Rows of a block: a thread has four ranks of one of them, or of as many more as run at once. A block alone on its SM
+// would wait for memory once for each of its rows. H200, `mma`, us, with 16 and with as many as here:
+int rows_of_block(int64_t tiles, int rank_tiles, int sms) {
+  int rows = 2;
+  while (rows < 16 &&
+         (rows * rank_tiles * (kRankTile / 4) < kThreads || tiles * (kWideTileRows / rows) > int64_t{kPerSm} * sms)) {
+    rows *= 2;
+  }
+  return rows;
+}
 
 template <bool kInPlace>
-__global__ void __launch_bounds__(kThreads, 4) add_planes_kernel(const __grid_constant__ LinearTask task) {
+__global__ void __launch_bounds__(kThreads, kPerSm) add_planes_kernel(const __grid_constant__ LinearTask task) {
   WideItem& item = *reinterpret_cast<WideItem*>(ptx::dynamic_smem());
   // shrink waited before it let this begin: so all before it is done, and expand may read all but v at once
   ptx::launch_next_grid();
-  const int index = blockIdx.x / (kWideTileRows / kRows);
+  const int blocks = static_cast<int>(gridDim.x) / task.max_tiles;  // of a tile
+  const int rows = kWideTileRows / blocks;
+  const int index = blockIdx.x / blocks;
   WideJob::read(task, item, index);
   ptx::wait_for_previous_grid();
-  const int begin = blockIdx.x % (kWideTileRows / kRows) * kRows;
+  const int begin = blockIdx.x % blocks * rows;
   if (index >= item.tiles) return;
-  const int end = min(begin + kRows, item.rows);
+  const int end = min(begin + rows, item.rows);
   if (!kInPlace) return add_planes_to_v(task, item, begin, end);
   const int quads = item.rank_tiles * (kRankTile / 4);  // a row
 #pragma unroll 1
@@ -39,7 +52,8 @@ cudaError_t launch_add(const LoraParams& p, int planes, cudaStream_t stream) {
   LinearTask task = wide_task(p);
   set_planes(task, p, planes, p.rows);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (kWideTileRows / kRows)));
+  const int rows = rows_of_block(task.max_tiles, expected_rank_tiles(p), device.sms);
+  shape.grid = dim3(static_cast<unsigned>(int64_t{task.max_tiles} * (kWideTileRows / rows)));
   shape.threads = kThreads;
   shape.smem_bytes = sizeof(WideItem);
   shape.overlap = true;
