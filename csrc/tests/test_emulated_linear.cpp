@@ -593,6 +593,31 @@ void few_jobs_of_many() {
   }
 }
 
+// Several units of outputs a warp, whose B and y are asked for before the one before is stored: of each form of expand,
+// in one step over the ranks and in several, with a last unit that is not whole.
+void many_units_a_warp() {
+  for (const auto& [name, path] : {std::pair<std::string, Path>{"cluster", cluster},
+                                   {"narrow", narrow},
+                                   {"narrow apart", narrow_apart},
+                                   {"narrow halves", narrow_halves}}) {
+    for (int sms : {2, 5}) {
+      cuda::emulated_device.sms = sms;
+      for (int64_t rows : {6, 20}) {
+        for (const std::vector<int>& ranks :
+             {std::vector<int>{16}, {8, 24}, {32}, {40, 24}, {64}, {100, 28}, {12, 0, 7, 40}}) {
+          const std::string what = name + ", units a warp on " + std::to_string(sms) + " SMs, rows " +
+                                   std::to_string(rows) + ", rank " + std::to_string(ranks[0]);
+          Shape shape{DType::kBFloat16, rows, 64, {2072, 520}, 2, ranks, "segments"};
+          run(what, path, shape);
+          shape.odd_b = true;
+          run(what + ", odd B", path, shape);
+        }
+      }
+    }
+    cuda::emulated_device.sms = 132;
+  }
+}
+
 // Blocks that share the outputs of a tile.
 void many_outputs() {
   cuda::LinearTask task{};
@@ -826,16 +851,18 @@ void passes() {
           most_planes = std::max(most_planes, shares.planes(pass));
           int done = 0;  // each chunk by one block, in order
           for (int part = 0; part < parts; ++part) {
+            cuda::LinearTask task{};
+            task.k = chunks * cuda::kChunkK;
             cuda::BlockShare share{};
-            share.begin = shares.begin(part);
-            share.end = shares.begin(part + 1);
+            for (int lane = 0; lane < 32; ++lane) share.set_k(task, passes, part, parts, lane);
             const cuda::Part own = share.chunks_of(pass, chunks);
             const bool has_part = first <= part && part < end;
             right &= own.begin == own.end || (has_part && own.begin == done && own.end <= chunks);
             done += own.end - own.begin;
             of_part[static_cast<size_t>(part)] += own.end - own.begin;
             // a block goes from its first pass to its last one, and is the first one of all but that
-            right &= (shares.first_pass(part) <= pass && pass <= shares.last_pass(part)) == has_part;
+            right &= (share.first_pass <= pass && pass <= share.last_pass) == has_part;
+            right &= share.first_pass == shares.first_pass(part);
             right &= !has_part || pass == shares.first_pass(part) || first == part;
           }
           right &= done == chunks;
@@ -950,6 +977,7 @@ int main() {
   testing::any_shape("narrow halves", testing::narrow_halves, 8);
   testing::many_full_tiles();
   testing::few_jobs_of_many();
+  testing::many_units_a_warp();
   testing::many_outputs();
   testing::many_parts();
   testing::balanced_slices();

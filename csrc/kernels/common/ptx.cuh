@@ -302,16 +302,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
 }
 
+// The upper word of these descriptors: 1024 bytes from 8 rows to the next, 128-byte swizzle.
+inline constexpr uint32_t kSwizzledRows = 1024 >> 4 | 1u << 30;
+
 /// Descriptor of rows of 64 16-bit elements, 128 bytes apart, 128-byte swizzle, from a multiple of 1024 bytes on. Plus
 /// 2 for each 16 elements further along the rows.
 __device__ __forceinline__ uint64_t swizzled_rows(const void* smem) {
   const uint64_t address = __cvta_generic_to_shared(smem);
-  return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{kSwizzledRows} << 32;
 }
 
-/// A descriptor's place, `pieces` of 16 bytes further: it is in the lower half, and the compiler knows the upper.
+/// Such a descriptor, `pieces` of 16 bytes further: its place is in the lower word, and the compiler knows the upper.
 __device__ __forceinline__ uint64_t further(uint64_t descriptor, int pieces) {
-  return uint64_t{0x40000040} << 32 | (static_cast<uint32_t>(descriptor) + pieces);
+  return uint64_t{kSwizzledRows} << 32 | (static_cast<uint32_t>(descriptor) + pieces);
 }
 
 // wgmma.mma_async.m64n{16 kTiles}k16.f32: d += x * weights^T. Rank tile i of 16: d[i][0..7]; lane 4g + t of warp w has

@@ -24,14 +24,12 @@ struct PassShares {
     return min(parts / passes + (passes % over == 0 ? 1 : 2), parts);
   }
 
-  /// The first and the last pass that block `part` has a part of, and where its walk begins, in chunks of all passes.
+  /// The first pass that block `part` has a part of.
   __device__ __forceinline__ int first_pass(int part) const { return passes * part / parts; }
-  __device__ __forceinline__ int last_pass(int part) const { return (passes * (part + 1) - 1) / parts; }
-  __device__ __forceinline__ int begin(int part) const { return passes * chunks * part / parts; }
 };
 
-/// In shared memory: found once an item, by one warp, since divisions and what follows from them would be a thousand
-/// instructions for each warp, between shrink and expand, where everybody waits.
+/// In shared memory: found once an item, by a warp or two, since divisions and what follows from them would be a
+/// thousand instructions for each warp, between shrink and expand, where everybody waits.
 struct alignas(16) BlockShare {
   // chunks of K: of all passes as one walk; or of every pass
   int32_t begin, end;
@@ -42,7 +40,8 @@ struct alignas(16) BlockShare {
   int32_t first_unit[kMaxSlices], units[kMaxSlices];
   uint8_t planes[kMaxRankTiles];  // of a rank tile: the same for the ranks of a pass
 
-  /// The part of K; one warp, of an item with rank tiles. `passes`: one where every pass is shared alike.
+  /// The part of K, by one warp: from `begin` to `end` of the walk over all passes, and the first and the last of
+  /// these. `passes`: one where every pass is shared alike.
   __device__ __forceinline__ void set_k(const LinearTask& task, int passes, int part, int parts, int lane) {
     const PassShares shares{passes, chunks_of_k(task), parts};
     const int past = lane % 2;  // begin and end, first and last pass: a lane each, one division
@@ -85,8 +84,9 @@ struct alignas(16) BlockShare {
  private:
   __device__ __forceinline__ static int chunks_of_k(const LinearTask& task) { return (task.k + kChunkK - 1) / kChunkK; }
 
-  // A lane a slice. Where the group has all slices, and the host gave each blocks of its own (share_by_slices), these
-  // share it; else all share all of them, in which beginning another slice counts as kSliceUnits.
+  // A lane a slice; units of all slices, times the blocks, are far from 2^31. Where the group has all slices, and the
+  // host gave each blocks of its own (share_by_slices), these share it; else all share all of them, in which beginning
+  // another slice counts as kSliceUnits.
   __device__ __forceinline__ void set_units(const LinearTask& task, const WideItem& item, int part, int parts,
                                             int lane) {
     const bool real = lane < task.slices && item.rank[min(lane, kMaxSlices - 1)] > 0;

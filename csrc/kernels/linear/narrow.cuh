@@ -355,7 +355,8 @@ struct NarrowExpand {
     }
   }
 
-  /// Of this lane's y, the first or second 32 outputs of row g or g + 8: whether it is there.
+  /// Of this lane's y, the first or second 32 outputs of row g or g + 8 of the unit, or of the one `further` ones on:
+  /// whether it is there.
   __device__ __forceinline__ bool has_piece(int half, int eight, uint32_t has, int further = 0) const {
     return (has >> eight & 1) != 0 &&
            (unit + further) * kOutputs + half * 32 + static_cast<int>(threadIdx.x) % 4 * 8 < slice.width;

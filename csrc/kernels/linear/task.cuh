@@ -189,7 +189,6 @@ inline void share_by_slices(LinearTask& task, int blocks) {
 /// Whether x and A can be read in 16-byte pieces, and every number fits the task.
 inline bool fast_shrink_serves(const LoraParams& p) {
   if (p.dtype == DType::kFloat32 || p.x_div != 0 || p.row_map || p.row_weight) return false;
-  if (p.rows * (p.x_stride / 8) >= UINT32_MAX) return false;  // pieces of x, counted in 32 bits
   if (p.k % 8 != 0 || p.k > 1 << 24 || p.x_stride % 8 != 0 || p.x_stride > INT32_MAX || !is_aligned(p.x, 16))
     return false;
   if (!is_aligned(p.plan.header, 16) || !is_aligned(p.slices.table, 16) || p.v_stride > INT32_MAX) return false;
