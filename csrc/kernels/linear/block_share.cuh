@@ -82,8 +82,6 @@ struct alignas(16) BlockShare {
   }
 
  private:
-  __device__ __forceinline__ static int chunks_of_k(const LinearTask& task) { return (task.k + kChunkK - 1) / kChunkK; }
-
   // A lane a slice; units of all slices, times the blocks, are far from 2^31. Where the group has all slices, and the
   // host gave each blocks of its own (share_by_slices), these share it; else all share all of them, in which beginning
   // another slice counts as kSliceUnits.

@@ -5,8 +5,6 @@
 // warp's first unit are on their way meanwhile. After our own shrink, all but v may be read before that has ended, and
 // blocks that find no job share the outputs of the others' (share_jobs). Else the job is read before the kernel before
 // has ended, and again after it (as in linear_cluster.cu).
-#include <type_traits>
-
 #include "linear/narrow.cuh"
 #include "linear/paths.h"
 #include "linear/v_source.cuh"
@@ -153,18 +151,15 @@ __global__ void __launch_bounds__(narrow_warps(kMoe) * 32, narrow_blocks_per_sm(
   if (!waited) ptx::wait_for_previous_grid();  // no block may end before the kernel before has
 }
 
-template <int kValue>
-using Number = std::integral_constant<int, kValue>;
-
 // `rank`: that most slices may have. `blocks`: of all jobs together.
 cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const Device& device, int64_t blocks,
                    cudaStream_t stream) {
   LinearTask& task = params.linear;
   if (task.max_tiles == 0 || task.units == 0) return cudaSuccess;
   const bool moe = is_moe(p);
-  // 64 outputs of 32 ranks for 16 rows would take more registers than there are
-  const int ranks = rank < kWideRanks ? 16 : moe || (rank == kWideRanks && narrow_job_rows(p) == 8) ? 32 : 64;
   const int job_rows = narrow_job_rows(p);
+  // 64 outputs of 32 ranks for 16 rows would take more registers than there are
+  const int ranks = rank < kWideRanks ? 16 : moe || (rank == kWideRanks && job_rows == 8) ? 32 : 64;
   // a unit of outputs a warp, as long as the blocks are not far more than the device holds
   int64_t units = 0;
   for (int i = 0; i < p.slices.count; ++i) units += divide_up(p.slices.width[i], outputs_of_unit(ranks, moe));
@@ -179,22 +174,17 @@ cudaError_t expand(NarrowTask& params, const LoraParams& p, int64_t rank, const 
   shape.overlap = true;
   return dispatch_16_bit(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto launch_of = [&](auto at_once, auto rows, auto is_moe_too) {
-      return launch<&expand_narrow<T, decltype(at_once)::value, decltype(rows)::value, decltype(is_moe_too)::value>>(
-          device, shape, params, stream);
-    };
-    using std::false_type, std::true_type;
     if (moe) {
-      return ranks == 16 ? launch_of(Number<16>{}, Number<8>{}, true_type{})
-                         : launch_of(Number<32>{}, Number<8>{}, true_type{});
+      return ranks == 16 ? launch<&expand_narrow<T, 16, 8, true>>(device, shape, params, stream)
+                         : launch<&expand_narrow<T, 32, 8, true>>(device, shape, params, stream);
     }
     if (job_rows == 16) {
-      return ranks == 16 ? launch_of(Number<16>{}, Number<16>{}, false_type{})
-                         : launch_of(Number<64>{}, Number<16>{}, false_type{});
+      return ranks == 16 ? launch<&expand_narrow<T, 16, 16, false>>(device, shape, params, stream)
+                         : launch<&expand_narrow<T, 64, 16, false>>(device, shape, params, stream);
     }
-    return ranks == 16   ? launch_of(Number<16>{}, Number<8>{}, false_type{})
-           : ranks == 32 ? launch_of(Number<32>{}, Number<8>{}, false_type{})
-                         : launch_of(Number<64>{}, Number<8>{}, false_type{});
+    return ranks == 16   ? launch<&expand_narrow<T, 16, 8, false>>(device, shape, params, stream)
+           : ranks == 32 ? launch<&expand_narrow<T, 32, 8, false>>(device, shape, params, stream)
+                         : launch<&expand_narrow<T, 64, 8, false>>(device, shape, params, stream);
   });
 }
 

@@ -389,6 +389,7 @@ class ExpandStream {
     const T* from = b_ + (panel * places + first) * stride + r;
     constexpr int kMost = kPanelBytes / 16 / kThreads;  // as of a number of columns that is a power of 2
     static_assert(panel_steps_of(96) == panel_steps_of(128) && panel_steps_of(160) == panel_steps_of(256));
+    // nearly always: no bounds, and no counts, of which each that is not constant is seven instructions
     if (kColumns > 0 && kColumns <= 128 && __builtin_expect(outputs >= places && entry.rank % 8 == 0, 1)) {
       const bool real = r < entry.rank;
 #pragma unroll

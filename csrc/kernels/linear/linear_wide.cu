@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
       const int first_tile = group / 2 * kTiles;  // of a pass
       const Copies copies(task, item, base);
       const Part chunks =
-          kThroughL2 ? Part{share.begin, share.end} : share.chunks_of(base / kAllTiles, chunks_of(task, 0, 1).end);
+          kThroughL2 ? Part{share.begin, share.end} : share.chunks_of(base / kAllTiles, chunks_of_k(task));
       if (guess) {
         ptx::wait_for_previous_grid();
         if (task.holds_next) ptx::launch_next_grid();
@@ -175,16 +175,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_wide(const __grid_constant
 #pragma unroll
         for (int step = 0; step < kChunkK / 16; ++step) {
           // all ranks at once: each product reads x from shared memory, which is what bounds them
-          if constexpr (kTiles == 8)
-            ptx::wgmma_m64n128k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
-          if constexpr (kTiles == 6)
-            ptx::wgmma_m64n96k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
-          if constexpr (kTiles == 4)
-            ptx::wgmma_m64n64k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
-          if constexpr (kTiles == 2)
-            ptx::wgmma_m64n32k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
-          if constexpr (kTiles == 1)
-            ptx::wgmma_m64n16k16(acc, ptx::further(x, 2 * step), ptx::further(a, 2 * step), T{});
+          const uint64_t x_step = ptx::further(x, 2 * step), a_step = ptx::further(a, 2 * step);
+          if constexpr (kTiles == 8) ptx::wgmma_m64n128k16(acc, x_step, a_step, T{});
+          if constexpr (kTiles == 6) ptx::wgmma_m64n96k16(acc, x_step, a_step, T{});
+          if constexpr (kTiles == 4) ptx::wgmma_m64n64k16(acc, x_step, a_step, T{});
+          if constexpr (kTiles == 2) ptx::wgmma_m64n32k16(acc, x_step, a_step, T{});
+          if constexpr (kTiles == 1) ptx::wgmma_m64n16k16(acc, x_step, a_step, T{});
         }
         ptx::wgmma_commit();
         const int next = chunk + kChunksAhead;

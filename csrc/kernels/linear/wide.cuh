@@ -184,9 +184,11 @@ __host__ __device__ constexpr int shrink_stage_bytes(int rank_tiles) {
   return (kWideTileRows + rank_tiles * kRankTile) * kChunkK * 2;
 }
 
+__device__ __forceinline__ int chunks_of_k(const LinearTask& task) { return (task.k + kChunkK - 1) / kChunkK; }
+
 /// The chunks of K of a part of `parts`.
 __device__ __forceinline__ Part chunks_of(const LinearTask& task, int part, int parts) {
-  const int chunks = (task.k + kChunkK - 1) / kChunkK;
+  const int chunks = chunks_of_k(task);
   return {chunks * part / parts, chunks * (part + 1) / parts};
 }
 
